@@ -1,0 +1,34 @@
+"""Settings every test shares: CPU by default, four host devices, strict promotion, seeds by name."""
+
+import os
+import zlib
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture
+def rng(request):
+    """A generator seeded by the test's own name, so that no two tests share their data."""
+    return np.random.default_rng(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden(name)` reads one file of tests/goldens as a dict of arrays."""
+
+    def load(name):
+        with np.load(GOLDENS / f"{name}.npz") as data:
+            return dict(data)
+
+    return load
