@@ -1,1 +1,19 @@
 """NVFP4 mixture-of-experts as one pure, jittable JAX function, on any device."""
+
+from jax_nvfp4_moe.activations import Activation as Activation
+from jax_nvfp4_moe.experts import ExpertWeights as ExpertWeights
+from jax_nvfp4_moe.experts import prepare as prepare
+from jax_nvfp4_moe.experts import quantize_experts as quantize_experts
+from jax_nvfp4_moe.experts import validate as validate
+from jax_nvfp4_moe.format import Nvfp4Array as Nvfp4Array
+from jax_nvfp4_moe.format import dequantize as dequantize
+from jax_nvfp4_moe.format import pack as pack
+from jax_nvfp4_moe.format import quantize as quantize
+from jax_nvfp4_moe.format import unpack as unpack
+from jax_nvfp4_moe.moe import nvfp4_moe as nvfp4_moe
+from jax_nvfp4_moe.moe import nvfp4_moe_routed as nvfp4_moe_routed
+from jax_nvfp4_moe.routing import Routing as Routing
+from jax_nvfp4_moe.routing import route as route
+from jax_nvfp4_moe.selection import explain as explain
+
+__version__ = "0.1.0"

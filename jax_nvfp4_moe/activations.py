@@ -1,0 +1,179 @@
+"""Activations between the two GEMMs of an expert: what each one computes and where it rounds."""
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32
+
+# The parameters each activation has, with their defaults. `swiglu_oai` is gpt-oss's:
+# modeling_gpt_oss.py of Hugging Face transformers.
+_PARAMETERS = {
+    "silu": {"limit": math.inf},
+    "gelu": {"limit": math.inf},
+    "gelu_tanh": {"limit": math.inf},
+    "swiglu_oai": {"alpha": 1.702, "beta": 1.0, "limit": 7.0},
+    "relu2": {},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """An activation and its parameters: hashable and static under `jax.jit`.
+
+    With gate and up the two halves of GEMM1's output, after clamping gate to at most `limit` and up
+    to [-limit, limit]:
+
+    * `silu`: gate * sigmoid(gate) * up, better known as SwiGLU.
+    * `gelu`: gate * Phi(gate) * up, Phi being the normal distribution function.
+    * `gelu_tanh`: the same with Phi's tanh approximation.
+    * `swiglu_oai`: gate * sigmoid(alpha * gate) * (up + beta).
+    * `relu2`: max(x, 0) ** 2, not gated: x is the whole output.
+
+    Attributes:
+      name: one of the above.
+      alpha, beta: of `swiglu_oai` alone, finite; None there means 1.702 and 1.
+      limit: of the gated ones, above 0; math.inf is no limit. None means 7 for `swiglu_oai`, as in
+        gpt-oss, and no limit otherwise. An instance holds what None means, and None only for a
+        parameter that its activation does not have.
+
+    Raises:
+      TypeError, ValueError: an argument is of the wrong type, out of range or not for this name.
+    """
+
+    name: str
+    alpha: float | None = None
+    beta: float | None = None
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        expected = f"activation is {self.name!r}, expected one of {', '.join(_PARAMETERS)}"
+        if not isinstance(self.name, str):
+            raise TypeError(f"{expected}, or an Activation")
+        if self.name not in _PARAMETERS:
+            near = difflib.get_close_matches(self.name.lower(), _PARAMETERS, n=1)
+            raise ValueError(expected + (f": did you mean {near[0]!r}?" if near else ""))
+        for parameter in ("alpha", "beta", "limit"):
+            object.__setattr__(self, parameter, self._resolved(parameter))
+
+    def _resolved(self, parameter: str) -> float | None:
+        value, defaults = getattr(self, parameter), _PARAMETERS[self.name]
+        if value is None:
+            return defaults.get(parameter)
+        if parameter not in defaults:
+            having = " or ".join(name for name in _PARAMETERS if parameter in _PARAMETERS[name])
+            raise ValueError(
+                f"{parameter} is {value!r}, but activation {self.name!r} has none: leave it out, "
+                f"or use {having}"
+            )
+        if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
+            raise TypeError(f"{parameter} is {value!r}, expected a float, such as 1.0")
+        if parameter == "limit" and not value > 0:
+            raise ValueError(f"limit is {value}, expected above 0: math.inf is no limit")
+        if parameter != "limit" and not math.isfinite(value):
+            raise ValueError(f"{parameter} is {value}, expected a finite number")
+        return float(value)  # NumPy's own are not weakly typed in JAX
+
+    @property
+    def gated(self) -> bool:
+        """Whether GEMM1 yields a gate beside up, so that its rows are twice I."""
+        return self.name != "relu2"
+
+    @staticmethod
+    def of(spec: "str | Activation") -> "Activation":
+        """`spec` itself, or the activation of that name with default parameters.
+
+        Raises:
+          TypeError, ValueError: `spec` is neither an Activation nor one's name.
+        """
+        return spec if isinstance(spec, Activation) else Activation(spec)
+
+
+def activate(
+    c1: Float32[Array, "*batch GI"],
+    activation: Activation,
+    *,
+    round_to: Callable[[Array], Array] | None = None,
+) -> Float32[Array, "*batch I"]:
+    """Applies an activation to the output of GEMM1.
+
+    Without `round_to` everything stays in float32, as in the epilogues of the Blackwell kernels.
+    With it, values are rounded where vLLM's kernels round (csrc/activation_kernels.cu, whose
+    spelling of each curve this is): after the curve, and after the product with up.
+
+    Args:
+      c1: GEMM1's output, float32, [..., 2 * I] with the gate in the first half and up in the
+        second; [..., I] if not gated.
+      activation: which.
+      round_to: rounds float32 values to the activations' dtype and returns them as float32. None
+        means no rounding.
+
+    Returns:
+      float32 [..., I], differentiable in `c1`; finite gates of any size give finite derivatives.
+
+    Raises:
+      TypeError: `c1` is not float32.
+      ValueError: `c1` has no axis, or an odd last one and a gate.
+    """
+    _check_c1(c1, activation)
+    rounded = round_to or (lambda x: x)
+    if not activation.gated:
+        positive = jax.nn.relu(c1)
+        return rounded(positive * positive)
+
+    gate, up = jnp.split(c1, 2, axis=-1)
+    if activation.limit is not None and activation.limit < math.inf:
+        gate = jnp.minimum(gate, activation.limit)
+        up = jnp.clip(up, -activation.limit, activation.limit)
+    bent = rounded(_bend(gate, activation))
+    if activation.beta is not None:
+        up = up + activation.beta
+    return rounded(bent * up)
+
+
+def _bend(gate: Float32[Array, "*batch I"], activation: Activation) -> Float32[Array, "*batch I"]:
+    match activation.name:
+        case "gelu":
+            return gate * 0.5 * (1 + jax.lax.erf(gate * math.sqrt(0.5)))
+        case "gelu_tanh":
+            # Beyond 10 the tanh is flat, exactly 1: the bound keeps the cube from overflow, whose
+            # derivative would be 0 * inf.
+            near = jnp.clip(gate, -10, 10)
+            inner = math.sqrt(2 / math.pi) * (near + 0.044715 * near**3)
+            return 0.5 * gate * (1 + jnp.tanh(inner))
+        case _:
+            return _swish(gate, 1.0 if activation.alpha is None else activation.alpha)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _swish(x: Array, alpha: float) -> Array:
+    """Sigmoid(alpha * x) * x in one division: a product rounds twice, and bfloat16 sees it."""
+    return x / (1 + jnp.exp(-alpha * x))
+
+
+@_swish.defjvp
+def _swish_jvp(alpha: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    # Where exp(-alpha * x) overflows, the quotient's own derivative would be 0 * inf.
+    (x,), (dx,) = primals, tangents
+    sigmoid = jax.nn.sigmoid(alpha * x)
+    return _swish(x, alpha), dx * sigmoid * (1 + alpha * x * (1 - sigmoid))
+
+
+def _check_c1(c1: Array, activation: Activation) -> None:
+    if str(c1.dtype) != "float32":
+        raise TypeError(
+            f"c1 has dtype {c1.dtype}, expected float32: the sums of the GEMM, with round_to for "
+            "what is rounded after them"
+        )
+    if c1.ndim == 0:
+        raise ValueError("c1 has shape (), expected [..., G * I]: at least one axis")
+    if activation.gated and c1.shape[-1] % 2:
+        raise ValueError(
+            f"c1 has shape {c1.shape}, expected an even last axis: {activation.name!r} is gated, "
+            "and the axis holds the gates, then the ups"
+        )

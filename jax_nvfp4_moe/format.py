@@ -1,0 +1,384 @@
+"""NVFP4: the format, its quantiser, and the one place in the package that rounds.
+
+A value is ``e2m1 * scale * global_scale``: a 4-bit code, an E4M3 scale for each block of 16
+consecutive elements along the last axis, and a float32 *decode* scale (amax / 2688) for the tensor,
+for each expert or for each row. Two codes share a byte, the even element in the low nibble.
+
+Every rounding goes through `round_to` or `e2m1_codes`. XLA:GPU deletes ``x.astype(narrow)``
+followed by ``.astype(wide)``, and its float32 division is not IEEE; XLA:CPU does neither, so a test
+on a CPU sees nothing wrong. What is written here survives both compilers and gives the same bits.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int8, UInt8
+
+BLOCK_SIZE = 16
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+# The largest magnitude that a block at full scale reaches, before the global scale.
+RANGE_MAX = E2M1_MAX * E4M3_MAX
+
+INPUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+_FLOAT32_TINY = float(jnp.finfo(jnp.float32).tiny)
+_FLOAT32_MAX = float(jnp.finfo(jnp.float32).max)
+# Multiplied, not divided by: x / 6 and x * float32(1/6) differ (vllm@0.33.0:vllm/
+# model_executor/layers/quantization/utils/nvfp4_emulation_utils.py uses the product).
+_ONE_SIXTH = 1.0 / 6.0
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("data", "scale", "global_scale"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Nvfp4Array:
+    """A tensor in NVFP4; a pytree of three arrays.
+
+    Attributes:
+        data: uint8 [..., K/2], two E2M1 codes a byte, the even element in the low nibble.
+        scale: float8_e4m3fn [..., K/16], one for each block of 16 elements.
+        global_scale: float32 decode scale. Its axes are the tensor's leading axes; each length
+            divides the tensor's, and the tensor's rows fall into that many equal groups. So ``[]``
+            is per tensor, ``[E]`` per expert, ``[E, 2]`` on ``[E, 2*I, H]`` one for each expert's
+            gate and up halves, and the full leading shape per row.
+    """
+
+    data: UInt8[Array, "*rows K/2"]
+    scale: Float[Array, "*rows K/16"]
+    global_scale: Float32[Array, "..."]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape, [..., K]."""
+        return (*self.data.shape[:-1], 2 * self.data.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all three arrays: 0.5625 an element, and the global scales."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+# ------------------------------------------------------------------------------------- rounding
+
+
+def round_to(x: Float32[Array, "*shape"], dtype: Any) -> Float32[Array, "*shape"]:
+    """Rounds float32 values to those of a narrower type and keeps them in float32.
+
+    Nearest, ties to even, subnormals included. Beyond the range, bfloat16 and float16 become inf as
+    IEEE has it, and float8_e4m3fn saturates at 448 (a plain cast would give NaN). NaN stays NaN.
+
+    Args:
+        x: float32 values.
+        dtype: bfloat16, float16, float8_e4m3fn or float32 (which changes nothing).
+
+    Returns:
+        The rounded values, float32.
+    """
+    info = jnp.finfo(dtype)
+    if info.dtype == jnp.float32:
+        return x
+    # The scope names the rounding in XLA's metadata, where tests/aot finds it again.
+    with jax.named_scope(f"round_{info.dtype.name}"):
+        saturates = info.dtype == jnp.float8_e4m3fn
+        x = jnp.clip(x, -E4M3_MAX, E4M3_MAX) if saturates else x
+        # An E4M3 value has no infinities, so its top exponent is in use: keep float32's eight bits,
+        # the clip above has bounded the range.
+        rounded = lax.reduce_precision(x, 8 if saturates else info.nexp, info.nmant)
+        if info.nexp == 8:
+            return rounded
+        # reduce_precision flushes the narrow type's subnormals: round those on their fixed grid.
+        grid = float(info.smallest_subnormal)
+        return jnp.where(jnp.abs(x) < float(info.tiny), jnp.round(x * (1 / grid)) * grid, rounded)
+
+
+def e2m1_codes(x: Float32[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+    """Rounds to E2M1: nearest, ties to the even code, saturating at 6, the sign of zero kept.
+
+    The same rule as the PTX instruction ``cvt.rn.satfinite.e2m1x2`` and as JAX's cast of finite
+    values to float4_e2m1fn. NaN gives a zero; the quantiser marks its block's scale instead.
+
+    Args:
+        x: float32 values.
+
+    Returns:
+        uint8 codes 0..15; bit 3 is the sign.
+    """
+    with jax.named_scope("round_float4_e2m1fn"):
+        a = jnp.abs(x)
+        # The boundaries between the eight magnitudes; a tie belongs to the even one of its two.
+        steps = (a > 0.25, a >= 0.75, a > 1.25, a >= 1.75, a > 2.5, a >= 3.5, a > 5.0)
+        magnitude = sum((s.astype(jnp.uint8) for s in steps), jnp.zeros(x.shape, jnp.uint8))
+        return magnitude | (jnp.signbit(x).astype(jnp.uint8) << 3)
+
+
+def exact_divide(
+    a: Float32[Array, "*shape"], b: Float32[Array, "*shape"]
+) -> Float32[Array, "*shape"]:
+    """float32 a / b, correctly rounded on every device.
+
+    XLA:GPU's own division is up to 2 ulp off, enough to move a value across a rounding boundary.
+    Here the significands are divided by integer long division, whose last bit says whether anything
+    was left over, and one integer-to-float conversion rounds. Zero, subnormal, infinite and NaN
+    operands take the ordinary division. A subnormal quotient may be flushed to zero.
+    """
+    a, b = jnp.broadcast_arrays(a, b)
+    bits_a, bits_b = (lax.bitcast_convert_type(v, jnp.int32) for v in (a, b))
+    exponent_a, exponent_b = ((v >> 23) & 0xFF for v in (bits_a, bits_b))
+    remainder, divisor = ((v & 0x7FFFFF) | 0x800000 for v in (bits_a, bits_b))
+    quotient = lax.div(remainder, divisor)
+    for _ in range(4):  # 28 more bits: 24 for the result, one as the ratio may be below 1, to spare
+        remainder = lax.rem(remainder, divisor) << 7
+        quotient = (quotient << 7) | lax.div(remainder, divisor)
+    inexact = lax.rem(remainder, divisor) != 0
+    quotient = quotient | inexact.astype(jnp.int32)
+
+    exponent = exponent_a - exponent_b - 28
+    half = exponent >> 1  # in two factors, as 2**exponent alone may be out of range
+    rounded = quotient.astype(jnp.float32) * _power_of_two(half) * _power_of_two(exponent - half)
+    rounded = lax.select((bits_a ^ bits_b) < 0, -rounded, rounded)
+    ordinary = (exponent_a > 0) & (exponent_a < 255) & (exponent_b > 0) & (exponent_b < 255)
+    return lax.select(ordinary, rounded, a / b)
+
+
+def _power_of_two(exponent: Array) -> Array:
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+# ------------------------------------------------------------------------------------- codes
+
+
+def doubled_nibbles(
+    data: UInt8[Array, "*rows K/2"],
+) -> tuple[Int8[Array, "*rows K/2"], Int8[Array, "*rows K/2"]]:
+    """Twice the E2M1 values of the even and of the odd elements of packed codes.
+
+    Args:
+        data: packed codes.
+
+    Returns:
+        ``(low, high)``: int8 in -12..12, of elements 0, 2, 4, ... and 1, 3, 5, ...
+    """
+    return doubled_codes(data & 0xF), doubled_codes(data >> 4)
+
+
+def doubled_codes(codes: UInt8[Array, "*shape"]) -> Int8[Array, "*shape"]:
+    """Twice the E2M1 values of codes 0..15, as integers.
+
+    Doubled, the magnitudes are 0 1 2 3 4 6 8 12, and come from the code by integer arithmetic:
+    bit tricks that pass through float subnormals give zero where a CPU flushes them.
+    """
+    signed = codes.astype(jnp.int8)
+    m = signed & 7
+    magnitude = m + jnp.maximum(m - 4, 0) + 2 * jnp.maximum(m - 6, 0)
+    return jnp.where(signed > 7, -magnitude, magnitude)
+
+
+def pack_codes(codes: UInt8[Array, "*rows K"]) -> UInt8[Array, "*rows K/2"]:
+    """Packs codes 0..15 two to a byte, the even element in the low nibble."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def pack(values: Float[Array, "*rows K"]) -> UInt8[Array, "*rows K/2"]:
+    """Packs a float4_e2m1fn array into bytes; inside jit it costs nothing.
+
+    Args:
+        values: float4_e2m1fn [..., K], K even.
+
+    Returns:
+        uint8 [..., K/2], the even element in the low nibble.
+
+    Raises:
+        TypeError: not float4_e2m1fn.
+        ValueError: K is odd.
+    """
+    if values.dtype != jnp.float4_e2m1fn:
+        raise TypeError(
+            f"values has dtype {values.dtype}, expected float4_e2m1fn; quantize() takes wider types"
+        )
+    if values.ndim == 0 or values.shape[-1] % 2:
+        raise ValueError(f"values has shape {values.shape}, expected an even last axis")
+    pairs = values.reshape(*values.shape[:-1], values.shape[-1] // 2, 2)
+    return lax.bitcast_convert_type(pairs, jnp.uint8)
+
+
+def unpack(data: UInt8[Array, "*rows K/2"]) -> Float[Array, "*rows K"]:
+    """Views packed bytes as float4_e2m1fn; inside jit it costs nothing.
+
+    Args:
+        data: uint8 [..., K/2].
+
+    Returns:
+        float4_e2m1fn [..., K].
+
+    Raises:
+        TypeError: not uint8.
+        ValueError: a scalar.
+    """
+    if data.dtype != jnp.uint8:
+        raise TypeError(f"data has dtype {data.dtype}, expected uint8: two E2M1 codes a byte")
+    if data.ndim == 0:
+        raise ValueError("data is a scalar, expected [..., K/2]")
+    pairs = lax.bitcast_convert_type(data, jnp.float4_e2m1fn)
+    return pairs.reshape(*data.shape[:-1], 2 * data.shape[-1])
+
+
+# ------------------------------------------------------------------------------------- quantise
+
+
+def quantize_blocks(
+    x: Float32[Array, "*rows K"], encode_scale: Float32[Array, "*#rows"]
+) -> tuple[UInt8[Array, "*rows K"], Float32[Array, "*rows K/16"]]:
+    """Quantises float32 rows at given encode scales: E2M1 codes and E4M3 block scales.
+
+    For each block of 16, with g the encode scale and m its largest magnitude::
+
+        scale = e4m3(g * (m * (1/6)))        code = e2m1(x * (g / scale))
+
+    (the Triton form of vllm@0.33.0:.../nvfp4_emulation_utils.py:380-432). A block whose scale is
+    zero, because it is all zero or underflows, has codes of zero. A block that holds a NaN has a
+    NaN scale, so that the error stays visible; infinities saturate.
+
+    Args:
+        x: values.
+        encode_scale: 1 / global_scale, broadcast against x's leading axes.
+
+    Returns:
+        uint8 codes 0..15, not packed, and the block scales as float32.
+    """
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
+    amax = jnp.max(jnp.abs(blocks), axis=-1)
+    gain = jnp.broadcast_to(encode_scale, x.shape[:-1])[..., None]
+    scale = round_to(gain * (amax * jnp.float32(_ONE_SIXTH)), jnp.float8_e4m3fn)
+    step = jnp.where(scale == 0, 1.0, scale)
+    inverse = jnp.minimum(exact_divide(jnp.broadcast_to(gain, step.shape), step), _FLOAT32_MAX)
+    inverse = jnp.where(scale == 0, 0.0, inverse)
+    return e2m1_codes(blocks * inverse[..., None]).reshape(x.shape), scale
+
+
+def scale_for(amax: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """The decode scale amax / 2688 that puts `amax` at the top of the range; 1 where it is zero."""
+    scale = exact_divide(amax, jnp.full_like(amax, RANGE_MAX))
+    return jnp.where(amax == 0, 1.0, jnp.maximum(scale, _FLOAT32_TINY))
+
+
+def reciprocal(scale: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """Turns decode scales into encode scales and back: 1 / scale, correctly rounded."""
+    return exact_divide(jnp.ones_like(scale), scale)
+
+
+def expand_global_scale(
+    global_scale: Float32[Array, "..."], rows: tuple[int, ...]
+) -> Float32[Array, "..."]:
+    """Repeats global scales over their groups of rows until they broadcast against `rows`.
+
+    Args:
+        global_scale: as in `Nvfp4Array`.
+        rows: the tensor's shape without its last axis.
+
+    Returns:
+        An array of as many axes as `rows`; those without a scale of their own have length 1.
+    """
+    for axis, groups in enumerate(global_scale.shape):
+        global_scale = jnp.repeat(global_scale, rows[axis] // groups, axis=axis)
+    missing = len(rows) - global_scale.ndim
+    return global_scale.reshape(*global_scale.shape, *(1,) * missing)
+
+
+def quantize(
+    x: Float[Array, "*rows K"],
+    global_scale: Float32[Array, "..."] | float | None = None,
+    *,
+    per: Literal["tensor", "expert", "row"] = "tensor",
+) -> Nvfp4Array:
+    """Quantises to NVFP4, in blocks of 16 along the last axis.
+
+    Args:
+        x: bfloat16, float16 or float32 [..., K], K a multiple of 16.
+        global_scale: float32 decode scale(s), axes as in `Nvfp4Array`. None takes amax / 2688.
+        per: what shares one computed scale: the whole "tensor", each slice of the first axis
+            ("expert"), or each "row". Only for ``global_scale=None``.
+
+    Returns:
+        The quantised array. All-zero groups get a global scale of 1. NaNs spread to their block;
+        infinities saturate where `global_scale` is given.
+
+    Raises:
+        TypeError: `x` is not one of the three dtypes.
+        ValueError: the shape of `x` or `global_scale`, or `per`, is not as described.
+    """
+    x = jnp.asarray(x)
+    if x.dtype not in INPUT_DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}, expected bfloat16, float16 or float32")
+    if x.ndim == 0 or x.shape[-1] % BLOCK_SIZE:
+        near = math.ceil(x.shape[-1] / BLOCK_SIZE) * BLOCK_SIZE if x.ndim else BLOCK_SIZE
+        raise ValueError(
+            f"x has shape {x.shape}, expected [..., K] with K a multiple of {BLOCK_SIZE}: "
+            f"pad the last axis to {near} with zeros"
+        )
+    leading = {"tensor": 0, "expert": 1, "row": x.ndim - 1}
+    if per not in leading:
+        raise ValueError(f"per is {per!r}, expected 'tensor', 'expert' or 'row'")
+    if leading[per] > x.ndim - 1:
+        raise ValueError(f"per is {per!r}, but x has shape {x.shape} with no leading axis")
+    if global_scale is not None:
+        if per != "tensor":
+            raise ValueError(f"per is {per!r}, but global_scale was given: leave one of them out")
+        global_scale = jnp.asarray(global_scale, jnp.float32)
+        check_global_scale("global_scale", global_scale, x.shape)
+    return _quantize(x, global_scale, leading[per])
+
+
+def check_global_scale(name: str, global_scale: Array, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the axes of `global_scale` group the rows of a tensor of `shape`."""
+    rows = shape[:-1]
+    fits = global_scale.ndim <= len(rows) and all(
+        groups > 0 and size % groups == 0
+        for size, groups in zip(rows, global_scale.shape, strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {global_scale.shape}, which does not group the rows of {shape}: "
+            f"expected [] or leading axes whose lengths divide {rows}"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _quantize(x: Array, global_scale: Array | None, leading: int) -> Nvfp4Array:
+    x = x.astype(jnp.float32)
+    if global_scale is None:
+        axes = tuple(range(leading, x.ndim))
+        global_scale = scale_for(jnp.max(jnp.abs(x), axis=axes, initial=0.0))
+    gain = reciprocal(expand_global_scale(global_scale, x.shape[:-1]))
+    codes, scale = quantize_blocks(x, gain)
+    return Nvfp4Array(pack_codes(codes), scale.astype(jnp.float8_e4m3fn), global_scale)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def dequantize(q: Nvfp4Array, dtype: Any = jnp.bfloat16) -> Float[Array, "*rows K"]:
+    """The values of an NVFP4 array: ``e2m1 * (scale * global_scale)``, rounded once to `dtype`.
+
+    The scales are multiplied first, in float32, as in vllm@0.33.0:.../nvfp4_emulation_utils.py
+    lines 576-630.
+
+    Args:
+        q: the array, [..., K].
+        dtype: bfloat16, float16 or float32.
+
+    Returns:
+        [..., K] of `dtype`.
+    """
+    rows = q.data.shape[:-1]
+    scale = q.scale.astype(jnp.float32) * expand_global_scale(q.global_scale, rows)[..., None]
+    low, high = doubled_nibbles(q.data)
+    doubled = jnp.stack([low, high], axis=-1).reshape(*rows, -1, BLOCK_SIZE)
+    values = doubled.astype(jnp.float32) * 0.5 * scale[..., None]
+    return round_to(values.reshape(q.shape), dtype).astype(dtype)

@@ -1,0 +1,88 @@
+"""Groups (token, slot) pairs by expert, in tiles of a fixed number of rows."""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+
+class Tile(NamedTuple):
+    """Some of one expert's pairs.
+
+    Attributes:
+        expert: the expert, [].
+        pair: which pairs ``token * K + slot`` [M]; rows that are not live repeat some pair.
+        live: which rows are the expert's, [M].
+    """
+
+    expert: Int32[Array, ""]
+    pair: Int32[Array, " M"]
+    live: Bool[Array, " M"]
+
+
+class Grouping(NamedTuple):
+    """Pairs sorted by expert, cut into tiles that do not straddle two experts.
+
+    Attributes:
+        order: pairs sorted by expert [P]; those without an expert come last.
+        first_pair: where each expert's pairs begin in `order`, [E].
+        pairs: how many pairs each expert has, [E].
+        last_tile: the number of tiles up to and including each expert's, [E].
+    """
+
+    order: Int32[Array, " P"]
+    first_pair: Int32[Array, " E"]
+    pairs: Int32[Array, " E"]
+    last_tile: Int32[Array, " E"]
+
+    @property
+    def num_tiles(self) -> Int32[Array, ""]:
+        """How many tiles there are, known at run time."""
+        return self.last_tile[-1]
+
+    def tile(self, index: Int32[Array, ""], rows: int) -> Tile:
+        """Tile number `index` of `rows` rows."""
+        expert = jnp.sum(self.last_tile <= index, dtype=jnp.int32)
+        tiles_before = self.last_tile[expert] - _tiles(self.pairs[expert], rows)
+        offset = (index - tiles_before) * rows + jnp.arange(rows, dtype=jnp.int32)
+        live = offset < self.pairs[expert]
+        place = jnp.minimum(self.first_pair[expert] + offset, self.order.size - 1)
+        return Tile(expert, self.order[place], live)
+
+
+def group(ids: Int32[Array, "T K"], num_experts: int, rows: int) -> Grouping:
+    """Groups pairs by expert.
+
+    Args:
+        ids: each pair's expert; outside 0..E-1 the pair is in no tile.
+        num_experts: E.
+        rows: of a tile.
+
+    Returns:
+        The grouping.
+    """
+    expert = ids.reshape(-1)
+    expert = jnp.where((expert >= 0) & (expert < num_experts), expert, num_experts)
+    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    pairs = jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop")
+    last_pair = jnp.cumsum(pairs, dtype=jnp.int32)
+    last_tile = jnp.cumsum(_tiles(pairs, rows), dtype=jnp.int32)
+    return Grouping(order, last_pair - pairs, pairs, last_tile)
+
+
+def _tiles(pairs: Array, rows: int) -> Array:
+    return (pairs + (rows - 1)) // rows
+
+
+def expected_hits(tokens: int, top_k: int, num_experts: int) -> float:
+    """How many distinct experts are hit on average, if routing is uniform."""
+    return num_experts * (1 - (1 - min(1.0, top_k / num_experts)) ** tokens)
+
+
+def tile_rows(tokens: int, top_k: int, num_experts: int) -> int:
+    """Rows of a tile: the power of two that holds an average expert's pairs, with some to spare."""
+    average = tokens * top_k / max(1.0, expected_hits(tokens, top_k, num_experts))
+    fitting = 2 ** math.ceil(math.log2(max(1.0, 1.25 * average)))
+    most = 2 ** math.ceil(math.log2(max(1, tokens)))  # an expert meets a token once
+    return min(fitting, most, 256)

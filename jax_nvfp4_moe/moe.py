@@ -1,0 +1,344 @@
+"""The layer: NVFP4 mixture-of-experts as one pure function.
+
+`nvfp4_moe` routes and computes, `nvfp4_moe_routed` computes what was routed. Both check their
+arguments while tracing, choose an implementation, and hand it the call; jit, vmap and grad are
+settled here, once for all implementations.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Float32, Int
+
+from jax_nvfp4_moe import selection
+from jax_nvfp4_moe.activations import Activation
+from jax_nvfp4_moe.experts import ExpertWeights, check_experts
+from jax_nvfp4_moe.format import INPUT_DTYPES
+from jax_nvfp4_moe.implementations import _gradient
+from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
+from jax_nvfp4_moe.routing import Routing, route
+
+
+def nvfp4_moe(
+    x: Float[Array, "T H"],
+    logits: Float[Array, "T E"],
+    experts: ExpertWeights,
+    routing: Routing,
+    *,
+    bias: Float[Array, " E"] | None = None,
+    activation: str | Activation = "silu",
+    implementation: str | None = None,
+    output_dtype: Any = None,
+    axis_name: str | None = None,
+    numerics: Numerics = "kernel",
+    router_weight_on_input: bool = False,
+) -> Float[Array, "T H"]:
+    """A mixture-of-experts layer with NVFP4 experts: router and experts.
+
+    The same as `route` followed by `nvfp4_moe_routed`, whose arguments, errors and differentiation
+    apply.
+
+    Args:
+        x: tokens [T, H]: bfloat16, float16 or float32.
+        logits: the router's output [T, E], over all experts of the layer; likewise.
+        experts: the layer's experts, in any layout.
+        routing: how to route.
+        bias: the selection bias [E] of "deepseek_v3" and "minimax2", or None.
+        activation: as in `nvfp4_moe_routed`.
+        implementation: as in `nvfp4_moe_routed`.
+        output_dtype: as in `nvfp4_moe_routed`.
+        axis_name: as in `nvfp4_moe_routed`.
+        numerics: as in `nvfp4_moe_routed`.
+        router_weight_on_input: as in `nvfp4_moe_routed`.
+
+    Returns:
+        [T, H] of `output_dtype`.
+    """
+    logits = jnp.asarray(logits)
+    if not isinstance(routing, Routing):
+        raise TypeError(
+            f"routing is a {type(routing).__name__}, expected Routing, as in "
+            "Routing('renormalize', top_k=8)"
+        )
+    check_experts(experts)
+    num_experts = experts.num_experts * _axis_size(axis_name)
+    if logits.ndim != 2 or logits.shape[1] != num_experts:
+        raise ValueError(
+            f"logits has shape {logits.shape}, expected [T, E] with E = {num_experts} experts"
+        )
+    topk_ids, topk_weights = route(logits, routing, bias=bias)
+    return nvfp4_moe_routed(
+        x,
+        topk_ids,
+        topk_weights,
+        experts,
+        activation=activation,
+        implementation=implementation,
+        output_dtype=output_dtype,
+        axis_name=axis_name,
+        numerics=numerics,
+        router_weight_on_input=router_weight_on_input,
+    )
+
+
+def nvfp4_moe_routed(
+    x: Float[Array, "T H"],
+    topk_ids: Int[Array, "T K"],
+    topk_weights: Float[Array, "T K"],
+    experts: ExpertWeights,
+    *,
+    activation: str | Activation = "silu",
+    implementation: str | None = None,
+    output_dtype: Any = None,
+    axis_name: str | None = None,
+    numerics: Numerics = "kernel",
+    router_weight_on_input: bool = False,
+) -> Float[Array, "T H"]:
+    """The experts of a mixture-of-experts layer, for tokens already routed.
+
+    Pure: use it under `jax.jit`, `jax.vmap` (which folds into tokens), `jax.lax.scan` over layers,
+    `jax.export`. `jax.grad` gives straight-through gradients with respect to `x` and
+    `topk_weights`; the experts are frozen and get zeros.
+
+    Args:
+        x: tokens [T, H]: bfloat16, float16 or float32. T may be 0.
+        topk_ids: each token's experts [T, K], integers. Ids outside 0..E-1 contribute nothing.
+        topk_weights: their weights [T, K]; bfloat16, float16 or float32, float32 inside.
+        experts: the layer's experts, in any layout.
+        activation: "silu", "gelu", "gelu_tanh" or "swiglu_oai" for gated experts, "relu2" for
+            others; or an `Activation` with parameters.
+        implementation: None chooses; a name ("trtllm", "cute_dsl", "triton", "cpu", "emulation")
+            insists.
+        output_dtype: bfloat16, float16 or float32; None means x's.
+        axis_name: the mesh axis over which the experts are split, inside `jax.shard_map`: device i
+            holds experts ``i*E/n .. (i+1)*E/n - 1``, ids remain those of the whole layer, and every
+            device passes the same tokens and gets the whole result. It does not depend on n.
+        numerics: "kernel" rounds where the Blackwell kernels do; "vllm" where vLLM's emulation
+            does (emulation only).
+        router_weight_on_input: scale the token by its weight before the experts instead of their
+            output after (Llama 4); K must be 1.
+
+    Returns:
+        [T, H] of `output_dtype`: the weighted sum over each token's experts.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape or a value does not fit.
+        NotImplementedError: the implementation that was named cannot serve the call.
+    """
+    x, topk_ids, topk_weights = jnp.asarray(x), jnp.asarray(topk_ids), jnp.asarray(topk_weights)
+    check_experts(experts)
+    activation = Activation.of(activation)
+    _check_tokens(x, experts)
+    _check_routed(x, topk_ids, topk_weights, experts, axis_name)
+    _check_options(activation, experts, numerics, router_weight_on_input, topk_ids.shape[1])
+    call = Call(
+        activation=activation,
+        numerics=numerics,
+        output_dtype=_check_output_dtype(x, output_dtype),
+        axis_name=axis_name,
+        router_weight_on_input=bool(router_weight_on_input),
+    )
+    problem = Problem(call, experts, *topk_ids.shape, jax.devices()[0].device_kind)
+    chosen = selection.select(implementation, problem)
+    return _moe(
+        call,
+        chosen,
+        x,
+        topk_ids.astype(jnp.int32),
+        topk_weights.astype(jnp.float32),
+        experts,
+    )
+
+
+# ------------------------------------------------------------------------------------- transforms
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _moe(
+    call: Call,
+    implementation: Implementation,
+    x: Array,
+    topk_ids: Array,
+    topk_weights: Array,
+    experts: ExpertWeights,
+) -> Array:
+    return _straight_through(call, implementation, x, topk_ids, topk_weights, experts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _straight_through(
+    call: Call,
+    implementation: Implementation,
+    x: Array,
+    topk_ids: Array,
+    topk_weights: Array,
+    experts: ExpertWeights,
+) -> Array:
+    forward = _folding_vmap(functools.partial(implementation.run, call))
+    return forward((x, topk_ids, topk_weights), experts)
+
+
+def _forward(
+    call: Call, implementation: Implementation, *arguments: Any
+) -> tuple[Array, tuple[Any, ...]]:
+    return _straight_through(call, implementation, *arguments), arguments
+
+
+def _backward(
+    call: Call, implementation: Implementation, residuals: tuple[Any, ...], cotangent: Array
+) -> tuple[Any, ...]:
+    x, topk_ids, topk_weights, experts = residuals
+
+    def run(x: Array, ids: Array, weights: Array, g: Array, experts: ExpertWeights) -> Any:
+        return _gradient.backward(call, x, ids, weights, experts, g)
+
+    dx, dw = _folding_vmap(run)((x, topk_ids, topk_weights, cotangent), experts)
+    return dx, _zero_cotangent(topk_ids), dw, jax.tree.map(_zero_cotangent, experts)
+
+
+_straight_through.defvjp(_forward, _backward)
+
+
+def _zero_cotangent(array: Array) -> Any:
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return jnp.zeros_like(array)
+    return np.zeros(array.shape, jax.dtypes.float0)
+
+
+def _folding_vmap(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run(*tokens, experts)` that vmap turns into one call with more tokens.
+
+    Every array of `tokens`, and every result, has the token axis first. Where the experts are
+    batched too, the batch is computed one after another.
+    """
+
+    @custom_vmap
+    def call(tokens: tuple[Array, ...], experts: ExpertWeights) -> Any:
+        return run(*tokens, experts)
+
+    @call.def_vmap
+    def rule(
+        axis_size: int, batched: Any, tokens: tuple[Array, ...], experts: ExpertWeights
+    ) -> tuple[Any, Any]:
+        tokens_batched, experts_batched = batched
+        tokens = tuple(
+            array if is_batched else jnp.broadcast_to(array[None], (axis_size, *array.shape))
+            for array, is_batched in zip(tokens, tokens_batched, strict=True)
+        )
+        if any(jax.tree.leaves(experts_batched)):
+            leaves, treedef = jax.tree.flatten(experts)
+            flags = jax.tree.leaves(experts_batched)
+
+            def one(index: Array) -> Any:
+                own = [
+                    leaf[index] if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)
+                ]
+                return call(tuple(a[index] for a in tokens), jax.tree.unflatten(treedef, own))
+
+            results = lax.map(one, jnp.arange(axis_size, dtype=jnp.int32))
+        else:
+            folded = tuple(a.reshape(axis_size * a.shape[1], *a.shape[2:]) for a in tokens)
+            results = jax.tree.map(
+                lambda a: a.reshape(axis_size, a.shape[0] // axis_size, *a.shape[1:]),
+                call(folded, experts),
+            )
+        return results, jax.tree.map(lambda _: True, results)
+
+    return call
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def _axis_size(axis_name: str | None) -> int:
+    if axis_name is None:
+        return 1
+    try:
+        return lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name is {axis_name!r}, but no mesh axis of that name is bound here: call inside "
+            "jax.shard_map over it, or use jax_nvfp4_moe.parallel"
+        ) from error
+
+
+def _check_float(name: str, array: Array) -> None:
+    if array.dtype not in INPUT_DTYPES:
+        raise TypeError(
+            f"{name} has dtype {array.dtype}, expected bfloat16, float16 or float32; "
+            f"pass {name}.astype(jnp.float32)"
+        )
+
+
+def _check_tokens(x: Array, experts: ExpertWeights) -> None:
+    _check_float("x", x)
+    if x.ndim != 2:
+        hint = ": fold batch and sequence into T, or use vmap" if x.ndim > 2 else ""
+        raise ValueError(f"x has shape {x.shape}, expected [T, H]{hint}")
+    if x.shape[1] != experts.hidden_size:
+        raise ValueError(
+            f"x has shape {x.shape}, expected [T, {experts.hidden_size}]: the experts have "
+            f"hidden_size {experts.hidden_size}"
+        )
+
+
+def _check_routed(
+    x: Array, topk_ids: Array, topk_weights: Array, experts: ExpertWeights, axis_name: str | None
+) -> None:
+    if not jnp.issubdtype(topk_ids.dtype, jnp.integer):
+        raise TypeError(f"topk_ids has dtype {topk_ids.dtype}, expected integers, as from route()")
+    _check_float("topk_weights", topk_weights)
+    if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"topk_ids has shape {topk_ids.shape}, expected [T, K] with T = {x.shape[0]}, as x has"
+        )
+    if topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_weights has shape {topk_weights.shape}, expected that of topk_ids, "
+            f"{topk_ids.shape}"
+        )
+    num_experts = experts.num_experts * _axis_size(axis_name)
+    if not 1 <= topk_ids.shape[1] <= num_experts:
+        raise ValueError(
+            f"topk_ids has shape {topk_ids.shape} with K = {topk_ids.shape[1]}, expected 1 to "
+            f"{num_experts} experts a token"
+        )
+
+
+def _check_options(
+    activation: Activation,
+    experts: ExpertWeights,
+    numerics: str,
+    router_weight_on_input: bool,
+    top_k: int,
+) -> None:
+    if activation.gated != experts.gated:
+        have = "gate and up rows" if experts.gated else "up rows alone"
+        suggestion = "'silu'" if experts.gated else "'relu2'"
+        raise ValueError(
+            f"activation {activation.name!r} is {'' if activation.gated else 'not '}gated, but "
+            f"the experts have {have}: use for example {suggestion}"
+        )
+    if numerics not in get_args(Numerics):
+        raise ValueError(f"numerics is {numerics!r}, expected one of {get_args(Numerics)}")
+    if router_weight_on_input and top_k != 1:
+        raise ValueError(
+            f"router_weight_on_input is True with K = {top_k}, expected K = 1: with several "
+            "experts a token has no single weight to be scaled by"
+        )
+
+
+def _check_output_dtype(x: Array, output_dtype: Any) -> np.dtype:
+    dtype = x.dtype if output_dtype is None else jnp.dtype(output_dtype)
+    if dtype not in INPUT_DTYPES:
+        raise TypeError(
+            f"output_dtype is {dtype}, expected bfloat16, float16 or float32, or None for x's"
+        )
+    return dtype

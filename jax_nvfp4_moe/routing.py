@@ -1,0 +1,250 @@
+"""Routers: which experts each token goes to, and with what weight.
+
+Nine methods, those of FlashInfer's TRTLLM-Gen kernels, as data: `_METHODS` gives each one the
+scores it ranks all experts by and what it makes of the scores of the chosen ones.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+# Keeps a sum of vanished sigmoids from being a zero divisor: the kernels' and DeepSeek-V3's own.
+_EPSILON = 1e-20
+
+
+@jax.custom_jvp
+def _divide(x: Float[Array, "T k"], y: Float[Array, "T 1"]) -> Float[Array, "T k"]:
+    """`x / y` whose derivative stays finite where y ** -2 overflows, as at y = _EPSILON."""
+    return x / y
+
+
+@_divide.defjvp
+def _divide_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    (x, y), (dx, dy) = primals, tangents
+    quotient = x / y
+    return quotient, (dx - quotient * dy) / y
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+_softmax = functools.partial(jax.nn.softmax, axis=-1)
+_total = functools.partial(jnp.sum, axis=-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Method:
+    score: Callable[[Array], Array]  # logits [T, E] to the scores that are ranked, before any bias
+    weigh: Callable[[Array], Array]  # scores of the selected experts [T, k] to their weights
+    corrected: bool = False  # whether it takes DeepSeek's selection bias and scaling factor
+
+
+_METHODS = {
+    "default": _Method(_softmax, _same),
+    "renormalize": _Method(_same, _softmax),
+    "renormalize_naive": _Method(_softmax, lambda x: _divide(x, _total(x))),
+    "deepseek_v3": _Method(jax.nn.sigmoid, lambda x: _divide(x, _total(x) + _EPSILON), True),
+    "llama4": _Method(_same, jax.nn.sigmoid),
+    "topk": _Method(_same, _same),
+    "sigmoid": _Method(jax.nn.sigmoid, _same),
+    "sigmoid_renorm": _Method(jax.nn.sigmoid, lambda x: _divide(x, _total(x).clip(_EPSILON))),
+    "minimax2": _Method(jax.nn.sigmoid, lambda x: _divide(x, _total(x) + _EPSILON), True),
+}
+_CORRECTED = " and ".join(name for name, method in _METHODS.items() if method.corrected)
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """A router's configuration: hashable and static under `jax.jit`.
+
+    Attributes:
+      method: how a token's experts are selected and weighed:
+        * `default`: softmax over all experts, the k largest, not renormalised.
+        * `renormalize`: the k largest logits, softmax over those.
+        * `renormalize_naive`: `default` divided by the sum of the selected.
+        * `deepseek_v3`: the k largest sigmoid(logit) + bias among the `topk_group` best of
+          `n_group` groups, a group's score being the sum of its two best; weights are the
+          sigmoids without the bias, divided by their sum, times `scaling_factor`.
+        * `minimax2`: `deepseek_v3` with one group.
+        * `llama4`: the largest logit, its sigmoid (k = 1).
+        * `topk`: the k largest logits, as they are.
+        * `sigmoid`: the k largest sigmoids, as they are.
+        * `sigmoid_renorm`: `sigmoid` divided by the sum of the selected.
+      top_k: experts per token, k.
+      n_group, topk_group: groups that the experts form, in order, and how many of them a token may
+        use. Only `deepseek_v3` has them.
+      scaling_factor: multiplies the weights. Only for `deepseek_v3` and `minimax2`, as in the
+        kernels.
+
+    Raises:
+      TypeError, ValueError: an argument is of the wrong type, out of range or not for this method.
+    """
+
+    method: str
+    top_k: int
+    n_group: int = 1
+    topk_group: int = 1
+    scaling_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_method(self.method)
+        for field in dataclasses.fields(self)[1:]:
+            kind = float if field.name == "scaling_factor" else int
+            value = _positive(field.name, getattr(self, field.name), kind)
+            object.__setattr__(self, field.name, value)
+        if self.method == "llama4" and self.top_k != 1:
+            raise ValueError(
+                f"top_k is {self.top_k}, expected 1 for method 'llama4': 'sigmoid' takes any"
+            )
+        if self.method != "deepseek_v3" and (self.n_group, self.topk_group) != (1, 1):
+            raise ValueError(
+                f"n_group is {self.n_group} and topk_group is {self.topk_group}, but method "
+                f"{self.method!r} has no groups: leave both at 1, or use method='deepseek_v3'"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(
+                f"topk_group is {self.topk_group}, expected at most n_group = {self.n_group}"
+            )
+        if self.scaling_factor != 1.0 and not _METHODS[self.method].corrected:
+            raise ValueError(
+                f"scaling_factor is {self.scaling_factor}, but only {_CORRECTED} have one, not "
+                f"method {self.method!r}: multiply the weights that route returns instead"
+            )
+
+
+def route(
+    logits: Float[Array, "T E"], routing: Routing, *, bias: Float[Array, " E"] | None = None
+) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
+    """Selects k experts for every token and weighs them.
+
+    Pure, jittable (`routing` static), differentiable through the weights, float32 inside. Equal
+    scores go to the lower index; -0.0 ranks below 0.0, as in the kernels.
+
+    The formulas are those of flashinfer-python@0.6.13 (RoutingCustomPolicy.cuh,
+    trtllm_fused_moe_routing_{deepseek,llama4}.cu) with two corrections of 0.7.2: `deepseek_v3` adds
+    1e-20 to the sum, and weights come from the logits, not from taking the bias off again, so that
+    a bias that dwarfs them makes no NaN. Not imitated: the kernels' sigmoid is flat below about
+    -17, their weights are rounded to bfloat16, and so is the bias where there are groups.
+
+    Args:
+      logits: the router's output, [T, E], bfloat16, float16 or float32. NaN is the caller's error:
+        what it selects is unspecified. -inf has probability 0, though a bias may still select it. A
+        row of nothing but -inf selects the first k without a bias, and weighs them NaN if the
+        method has a softmax, -inf if it is `topk`, otherwise 0.
+      routing: the method and its parameters.
+      bias: DeepSeek's `e_score_correction_bias`, [E], finite, same dtypes; it takes part in the
+        selection only. None means zeros everywhere (the kernel for one group needs an array).
+
+    Returns:
+      ids: int32 [T, k], best first.
+      weights: float32 [T, k], in the order of `ids`.
+
+    Raises:
+      TypeError: `routing` is no Routing, or an array has another dtype.
+      ValueError: a shape does not fit, or the method takes no bias.
+    """
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing is {routing!r}, expected Routing(method, top_k, ...)")
+    _check_logits(logits, routing)
+    if bias is not None:
+        _check_bias(bias, routing, logits.shape[1])
+
+    method = _METHODS[routing.method]
+    scores = method.score(jnp.asarray(logits).astype(jnp.float32))
+    ranked = jax.lax.stop_gradient(scores)
+    if bias is not None:
+        ranked = ranked + jnp.asarray(bias).astype(jnp.float32)[None, :]
+    if routing.n_group > 1:
+        ranked = _keep_best_groups(ranked, routing)
+    _, ids = jax.lax.top_k(ranked, routing.top_k)
+    selected = jnp.take_along_axis(scores, ids, axis=-1, mode="promise_in_bounds")
+    return ids, method.weigh(selected) * routing.scaling_factor
+
+
+def _keep_best_groups(ranked: Float[Array, "T E"], routing: Routing) -> Float[Array, "T E"]:
+    """Gives the experts outside a token's best groups the score -inf.
+
+    Not 0, as in Hugging Face's modeling_deepseek_v3.py: 0 wins where the bias is negative.
+    """
+    tokens, experts = ranked.shape
+    size = experts // routing.n_group
+    best_two, _ = jax.lax.top_k(ranked.reshape(tokens, routing.n_group, size), 2)
+    _, kept = jax.lax.top_k(best_two.sum(axis=-1), routing.topk_group)
+    group = jnp.arange(experts, dtype=jnp.int32) // size
+    allowed = (kept[:, :, None] == group[None, None, :]).any(axis=1)
+    return jnp.where(allowed, ranked, -jnp.inf)
+
+
+def _check_method(method: object) -> None:
+    expected = f"method is {method!r}, expected one of {', '.join(_METHODS)}"
+    if not isinstance(method, str):
+        raise TypeError(expected)
+    if method not in _METHODS:
+        near = difflib.get_close_matches(method.lower(), _METHODS, n=1)
+        raise ValueError(expected + (f": did you mean {near[0]!r}?" if near else ""))
+
+
+def _positive(name: str, value: Any, kind: type[int] | type[float]) -> int | float:
+    accepted = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+    if not isinstance(value, accepted) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected a {kind.__name__}, such as {kind(1)}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}, expected a finite number above 0")
+    return kind(value)  # NumPy's own are not weakly typed in JAX
+
+
+def _check_dtype(name: str, array: object) -> None:
+    dtype = getattr(array, "dtype", None)
+    if str(dtype) not in ("bfloat16", "float16", "float32"):
+        found = f"has dtype {dtype}" if dtype is not None else f"is a {type(array).__name__}"
+        wanted = f"bfloat16, float16 or float32: jnp.asarray({name}, jnp.float32) is one"
+        raise TypeError(f"{name} {found}, expected an array of {wanted}")
+
+
+def _check_logits(logits: Array, routing: Routing) -> None:
+    _check_dtype("logits", logits)
+    if logits.ndim != 2:
+        fold = ": fold batch and sequence, logits.reshape(-1, E)" if logits.ndim > 2 else ""
+        raise ValueError(
+            f"logits has shape {logits.shape}, expected [T, E]: a 2-D array of router logits{fold}"
+        )
+    experts, k, groups = logits.shape[1], routing.top_k, routing.n_group
+    if k > experts:
+        raise ValueError(f"routing.top_k is {k}, but logits {logits.shape} has {experts} experts")
+    if groups == 1:
+        return
+    size = experts // groups
+    if experts % groups or size < 2:
+        possible = [n for n in range(1, experts // 2 + 1) if experts % n == 0] or [1]
+        nearest = min(possible, key=lambda n: abs(n - groups))
+        raise ValueError(
+            f"routing.n_group is {groups}, but the {experts} experts of logits {logits.shape} "
+            f"do not form {groups} equal groups of at least 2: n_group={nearest} would"
+        )
+    if k > routing.topk_group * size:
+        raise ValueError(
+            f"routing.top_k is {k}, but topk_group = {routing.topk_group} groups of {size} experts "
+            f"hold {routing.topk_group * size}: topk_group={-(-k // size)} would do"
+        )
+
+
+def _check_bias(bias: Array, routing: Routing, experts: int) -> None:
+    if not _METHODS[routing.method].corrected:
+        raise ValueError(
+            f"bias is given, but only {_CORRECTED} take a selection bias, not method "
+            f"{routing.method!r}: a router's additive bias belongs in the logits, logits + bias"
+        )
+    _check_dtype("bias", bias)
+    if bias.shape != (experts,):
+        raise ValueError(
+            f"bias has shape {bias.shape}, expected ({experts},): one value for each of E experts"
+        )

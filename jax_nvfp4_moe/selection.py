@@ -1,0 +1,164 @@
+"""Which implementation serves a call, and why the others do not."""
+
+import dataclasses
+from types import MappingProxyType
+
+import jax
+
+from jax_nvfp4_moe.activations import Activation
+from jax_nvfp4_moe.experts import ExpertWeights, check_experts
+from jax_nvfp4_moe.implementations import emulation
+from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
+from jax_nvfp4_moe.routing import Routing
+
+# In order of preference. None marks a name of the contract that this version does not carry.
+IMPLEMENTATIONS: MappingProxyType[str, Implementation | None] = MappingProxyType(
+    {
+        "trtllm": None,
+        "cute_dsl": None,
+        "triton": None,
+        "cpu": None,
+        "emulation": emulation,
+    }
+)
+
+_NOT_INCLUDED = "this version of jax_nvfp4_moe does not include it"
+
+# Devices that an implementation needs, by what their device_kind contains, lower case.
+_NEEDS = MappingProxyType(
+    {
+        "trtllm": ("an SM100 or SM103 GPU", ("b200", "b300")),  # GB200 and GB300 too
+        "cute_dsl": ("an SM100 or SM103 GPU", ("b200", "b300")),
+        "triton": ("an NVIDIA GPU", ("nvidia", "tesla")),
+        "cpu": ("a CPU", ("cpu",)),
+        "emulation": ("any device", ("",)),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One line of a report.
+
+    Attributes:
+        name: the implementation.
+        used: whether the call would run on it.
+        reason: how it would serve the call, or why it does not.
+    """
+
+    name: str
+    used: bool
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `explain` found; prints as a table.
+
+    Attributes:
+        device_kind: the device it is about.
+        choices: every implementation, in order of preference.
+    """
+
+    device_kind: str
+    choices: tuple[Choice, ...]
+
+    @property
+    def used(self) -> str:
+        """The name of the implementation that would run."""
+        return next(choice.name for choice in self.choices if choice.used)
+
+    def __str__(self) -> str:
+        lines = [f"NVFP4 MoE on {self.device_kind}:"]
+        for choice in self.choices:
+            mark = "used" if choice.used else "  no"
+            lines.append(f"  {mark}  {choice.name:<10} {choice.reason}")
+        return "\n".join(lines)
+
+
+def select(implementation: str | None, problem: Problem) -> Implementation:
+    """The implementation of a call.
+
+    Args:
+        implementation: a name, or None for the first that can serve the problem.
+        problem: what is asked.
+
+    Raises:
+        ValueError: no implementation has that name, or no implementation can serve the problem.
+        NotImplementedError: the one that was named cannot; the message says why.
+    """
+    if implementation is not None:
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation is {implementation!r}, expected None or one of "
+                f"{', '.join(map(repr, IMPLEMENTATIONS))}"
+            )
+        module, reason = IMPLEMENTATIONS[implementation], _refusal(implementation, problem)
+        if module is None or reason is not None:
+            raise NotImplementedError(f"implementation {implementation!r}: {reason}")
+        return module
+    refusals = {}
+    for name, module in IMPLEMENTATIONS.items():
+        refusals[name] = _refusal(name, problem)
+        if module is not None and refusals[name] is None:
+            return module
+    raise ValueError(refusals["emulation"])
+
+
+def _refusal(name: str, problem: Problem) -> str | None:
+    module = IMPLEMENTATIONS[name]
+    what, kinds = _NEEDS[name]
+    if not any(kind in problem.device_kind.lower() for kind in kinds):
+        return f"it needs {what}, and this is {problem.device_kind}"
+    return _NOT_INCLUDED if module is None else module.unsupported(problem)
+
+
+def explain(
+    experts: ExpertWeights,
+    routing: Routing,
+    *,
+    tokens: int,
+    activation: str | Activation | None = None,
+    numerics: Numerics = "kernel",
+    device_kind: str | None = None,
+) -> Report:
+    """Says which implementation a call would run on, and why not on the others.
+
+    Args:
+        experts: the layer; arrays, or `jax.ShapeDtypeStruct`s as from `jax.eval_shape`.
+        routing: for its `top_k`.
+        tokens: T.
+        activation: of the layer; None means "silu", or "relu2" for experts that are not gated.
+        numerics: as in `nvfp4_moe`.
+        device_kind: for example "NVIDIA B200"; None means this process's default device.
+
+    Returns:
+        A report; `print` it, or read its fields.
+
+    Raises:
+        TypeError: `experts` or `routing` is not of its type.
+        ValueError: `tokens` is negative, or no implementation can serve the call.
+    """
+    check_experts(experts)
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing is a {type(routing).__name__}, expected Routing")
+    if tokens < 0:
+        raise ValueError(f"tokens is {tokens}, expected 0 or more")
+    call = Call(
+        activation=Activation.of(activation or ("silu" if experts.gated else "relu2")),
+        numerics=numerics,
+        output_dtype=jax.numpy.dtype("bfloat16"),
+        axis_name=None,
+        router_weight_on_input=False,
+    )
+    kind = device_kind or jax.devices()[0].device_kind
+    problem = Problem(call, experts, tokens, routing.top_k, kind)
+    chosen = select(None, problem)
+    choices = []
+    for name, module in IMPLEMENTATIONS.items():
+        refusal = _refusal(name, problem)
+        if module is chosen:
+            choices.append(Choice(name, True, module.describe(problem)))
+        else:
+            choices.append(Choice(name, False, refusal or "an earlier one serves the call"))
+    return Report(kind, tuple(choices))

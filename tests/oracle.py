@@ -1,0 +1,212 @@
+"""The "kernel" preset in float64 numpy: the reference that shares the package's roundings.
+
+Written apart from the package: codes are looked up in a table, narrow types are ml_dtypes', each
+token goes through its experts alone. Sums, activations and scales are float64, so the oracle and
+an implementation differ by float32's error, except where that error carries a value across a
+rounding boundary on its way into GEMM2. Such *ties* are counted, and `resolve_ties` follows them.
+"""
+
+import dataclasses
+import math
+
+import jax
+import ml_dtypes
+import numpy as np
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+# How far float32's accumulated error may carry a value, relative to it.
+TIE = 1e-5
+
+_erf = np.vectorize(math.erf, otypes=[float])
+ROUND = {
+    np.dtype(ml_dtypes.bfloat16): lambda v: v.astype(np.float32).astype(ml_dtypes.bfloat16),
+    np.dtype(np.float16): lambda v: v.astype(np.float32).astype(np.float16),
+    np.dtype(np.float32): lambda v: v,
+}
+
+
+def rounded(values, dtype):
+    return ROUND[np.dtype(dtype)](np.asarray(values, np.float64)).astype(np.float64)
+
+
+def decode(weights, index, *, nibbles="low even"):
+    """One expert's matrix in float64, with the global scale of each group of rows."""
+    data, scale, gain = (np.asarray(leaf[index]) for leaf in jax.tree.leaves(weights))
+    low, high = E2M1[data & 15], E2M1[data >> 4]
+    pair = (low, high) if nibbles == "low even" else (high, low)
+    codes = np.stack(pair, axis=-1).reshape(len(data), -1)
+    values = codes * np.repeat(scale.astype(np.float64), 16, axis=-1)
+    gain = np.atleast_1d(gain).astype(np.float64)
+    return values * np.repeat(gain, len(data) // len(gain))[:, None]
+
+
+def quantise(values, decode_scale):
+    """One row [K] in NVFP4, and the rows that it would be with one tie rounded the other way.
+
+    The arithmetic is that of the values' type: values known exactly in float32 are quantised as the
+    format defines it, to the bit; float64 values as float32's error leaves room for.
+    """
+    kind = values.dtype.type
+    gain = kind(np.float32(1) / np.float32(decode_scale))
+    blocks = values.reshape(-1, 16)
+    raw = gain * (np.abs(blocks).max(-1) * kind(np.float32(1 / 6)))
+
+    def codes_of(block, scale):
+        scaled = np.clip(block * (gain / kind(scale) if scale else kind(0)), -6, 6)
+        return scaled, _narrow(scaled, ml_dtypes.float4_e2m1fn)
+
+    scales = _narrow(np.clip(raw, 0, 448), ml_dtypes.float8_e4m3fn)
+    scaled, codes = map(np.stack, zip(*map(codes_of, blocks, scales), strict=True))
+    unit = scales[:, None] * np.float64(decode_scale)
+    row = codes * unit
+
+    others = []
+    for nudge in (1 - TIE, 1 + TIE):
+        moved = _narrow(np.clip(raw * nudge, 0, 448), ml_dtypes.float8_e4m3fn)
+        for block in np.flatnonzero(moved != scales):
+            other = row.copy()
+            other[block] = codes_of(blocks[block], moved[block])[1] * moved[block] * decode_scale
+            others.append(other.reshape(-1))
+        flipped = _narrow(scaled * nudge, ml_dtypes.float4_e2m1fn)
+        for block, element in zip(*np.nonzero(flipped != codes), strict=True):
+            other = row.copy()
+            other[block, element] = flipped[block, element] * unit[block, 0]
+            others.append(other.reshape(-1))
+    return row.reshape(-1), others
+
+
+def _narrow(values, dtype):
+    return np.asarray(values, np.float32).astype(dtype).astype(np.float64)
+
+
+def activation_fn(activation):
+    def apply(c1):
+        if activation.name == "relu2":
+            return np.maximum(c1, 0) ** 2
+        gate, up = np.split(c1, 2, axis=-1)
+        if activation.limit is not None:
+            gate = np.minimum(gate, activation.limit)
+            up = np.clip(up, -activation.limit, activation.limit)
+        with np.errstate(over="ignore"):
+            if activation.name == "silu":
+                return gate / (1 + np.exp(-gate)) * up
+            if activation.name == "gelu":
+                return 0.5 * gate * (1 + _erf(gate / math.sqrt(2))) * up
+            if activation.name == "gelu_tanh":
+                inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+                return 0.5 * gate * (1 + np.tanh(inner)) * up
+            return gate / (1 + np.exp(-activation.alpha * gate)) * (up + activation.beta)
+
+    return apply
+
+
+@dataclasses.dataclass
+class Result:
+    """The layer's output in float64, and what is needed to follow a tie."""
+
+    out: np.ndarray  # [T, H]
+    ties: list  # (token, slot, GEMM2's operand with one tie rounded the other way)
+    redo: object  # (token, slot -> hidden row) -> output row
+
+
+def moe(
+    x,
+    ids,
+    weights,
+    experts,
+    activation,
+    *,
+    on_input=False,
+    swap_gate_up=False,
+    nibbles="low even",
+    global_scales=True,
+):
+    """The layer in float64, its activations quantised as `experts` says.
+
+    x, ids and weights are numpy; experts is an `ExpertWeights` in the linear layout. The keywords
+    after `on_input` make it wrong on purpose, for negative controls.
+    """
+    dtype = x.dtype
+    scheme = experts.activation_scheme
+    row_dtype = dtype if scheme == "none" else ml_dtypes.bfloat16
+    act = activation_fn(activation)
+    weights = weights.astype(np.float64)
+    matrices = {}
+
+    def expert(index):
+        if index not in matrices:
+            stack = experts
+            if not global_scales:
+                ones = [
+                    dataclasses.replace(w, global_scale=np.ones_like(w.global_scale))
+                    for w in (stack.w13, stack.w2)
+                ]
+                stack = dataclasses.replace(stack, w13=ones[0], w2=ones[1])
+            w13 = decode(stack.w13, index, nibbles=nibbles)
+            if swap_gate_up:
+                w13 = np.concatenate(np.split(w13, 2)[::-1])
+            biases = [
+                0.0 if b is None else np.asarray(b[index], np.float64)
+                for b in (experts.w13_bias, experts.w2_bias)
+            ]
+            matrices[index] = (w13, decode(stack.w2, index, nibbles=nibbles), *biases)
+        return matrices[index]
+
+    def operand(row, static_scale):
+        if scheme == "none":
+            return rounded(row, dtype), []
+        if scheme == "per_token":
+            amax = np.float32(np.abs(row).max())
+            scale = np.float32(amax / np.float32(2688)) if amax > 0 else np.float32(1)
+        else:
+            scale = np.float32(np.max(np.asarray(static_scale)))
+        return quantise(row, scale)
+
+    def second(index, hidden):
+        _, w2, _, bias2 = expert(index)
+        return rounded(hidden @ w2.T + bias2, row_dtype)
+
+    def combine(token, rows):
+        return sum(row if on_input else row * weights[token, slot] for slot, row in rows.items())
+
+    out = np.zeros((len(x), experts.hidden_size))
+    all_rows, ties = {}, []
+    for token in range(len(x)):
+        rows = {}
+        for slot, index in enumerate(ids[token]):
+            if not 0 <= index < experts.num_experts:
+                continue
+            row = x[token].astype(np.float64)
+            if on_input:
+                row = rounded(row * rounded(weights[token, slot], dtype), dtype)
+            w13, _, bias13, _ = expert(index)
+            row, _ = operand(row.astype(np.float32), experts.input_scale)
+            hidden = act(row @ w13.T + bias13)
+            if scheme == "per_token":
+                hidden = rounded(hidden, ml_dtypes.bfloat16).astype(np.float32)
+            value, others = operand(hidden, experts.hidden_scale)
+            rows[slot] = second(index, value)
+            ties += [(token, slot, other) for other in others]
+        all_rows[token] = rows
+        out[token] = combine(token, rows) if rows else 0
+
+    def redo(token, slot, hidden):
+        return combine(token, {**all_rows[token], slot: second(ids[token, slot], hidden)})
+
+    return Result(out, ties, redo)
+
+
+def relative_l2(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+
+
+def resolve_ties(got, result):
+    """The oracle's output with each tie on the side that `got` took, and how many were taken."""
+    out, taken = result.out.copy(), 0
+    got = np.asarray(got, np.float64)
+    for token, slot, hidden in result.ties:
+        other = result.redo(token, slot, hidden)
+        if np.linalg.norm(got[token] - other) < np.linalg.norm(got[token] - out[token]):
+            out[token], taken = other, taken + 1
+    return out, taken

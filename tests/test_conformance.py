@@ -1,0 +1,129 @@
+"""Every implementation against the float64 oracle, over the whole matrix of cases."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_nvfp4_moe as nvm
+from jax_nvfp4_moe import layouts
+from tests import conformance, oracle
+from tests.conformance import CASES, IMPLEMENTATIONS, Case, check, make_layer, reference, run
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_float64(case, implementation, rng, record_property):
+    layer = make_layer(case, rng)
+    record_property("ties", check(run(layer, implementation), reference(layer)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("target", ["trtllm", "cute_dsl"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        dataclasses.replace(case, scheme=scheme, activation=activation)
+        for case in (Case(tokens=2), Case(tokens=40), conformance.case(5, 4, 2, 192, 48))
+        for scheme in conformance.SCHEMES
+        for activation in ("silu", "relu2")
+    ],
+    ids=str,
+)
+def test_every_layout_gives_the_same_bits(case, target, implementation, rng):
+    layer = make_layer(case, rng)
+    prepared = nvm.prepare(layer.experts, target)
+    assert prepared.layout == target
+    np.testing.assert_array_equal(
+        run(layer, implementation, experts=prepared), run(layer, implementation)
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scheme", conformance.SCHEMES)
+@pytest.mark.parametrize("tokens", [2, 12])
+def test_eager_matches_float64(tokens, scheme, implementation, rng):
+    layer = make_layer(Case(tokens=tokens, num_experts=4, scheme=scheme), rng)
+    with jax.disable_jit():
+        got = run(layer, implementation)
+    check(got, reference(layer))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_ids_out_of_range_contribute_nothing(tokens, implementation, rng):
+    layer = make_layer(Case(tokens=tokens), rng)
+    ids = layer.ids.copy()
+    ids[::2, 0], ids[1::2, 1] = -1, 1000
+    ids[0] = -5
+    layer = dataclasses.replace(layer, ids=ids)
+    got = run(layer, implementation)
+    check(got, reference(layer))
+    np.testing.assert_array_equal(got[0], 0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", conformance.DTYPES)
+def test_no_tokens(dtype, implementation, rng):
+    layer = make_layer(Case(tokens=0, dtype=dtype), rng)
+    got = run(layer, implementation, output_dtype=None)
+    assert got.shape == (0, 128)
+    assert got.dtype == layer.x.dtype
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("output", conformance.DTYPES)
+def test_output_is_rounded_once(output, implementation, rng):
+    layer = make_layer(Case(dtype="float32"), rng)
+    exact = run(layer, implementation)
+    got = run(layer, implementation, output_dtype=output)
+    assert got.dtype == jnp.dtype(output)
+    np.testing.assert_array_equal(got, exact.astype(jnp.dtype(output)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize(
+    "mistake",
+    [{"swap_gate_up": True}, {"nibbles": "high even"}, {"global_scales": False}],
+    ids=lambda mistake: next(iter(mistake)),
+)
+def test_mistakes_fail(mistake, tokens, implementation, rng):
+    layer = make_layer(Case(tokens=tokens), rng)
+    wrong = reference(layer, **mistake)
+    assert oracle.relative_l2(run(layer, implementation), wrong.out) > 100 * conformance.GATE
+    with pytest.raises(pytest.fail.Exception):
+        check(run(layer, implementation), wrong)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_mistaken_scales_fail(tokens, implementation, rng):
+    layer = make_layer(Case(tokens=tokens), rng)
+    want, experts = reference(layer), layer.experts
+    mistakes = {
+        "input scale of one expert": dataclasses.replace(
+            experts, input_scale=experts.input_scale.min()
+        ),
+        "no hidden scale": dataclasses.replace(experts, hidden_scale=jnp.float32(1)),
+        "gate's global scale for up": dataclasses.replace(
+            experts,
+            w13=dataclasses.replace(
+                experts.w13, global_scale=experts.w13.global_scale[:, :1].repeat(2, axis=1)
+            ),
+        ),
+        "swizzled scales read as linear": dataclasses.replace(
+            experts,
+            w13=dataclasses.replace(
+                experts.w13, scale=layouts.swizzle_scales(experts.w13.scale)
+            ),
+        ),
+    }
+    for name, wrong in mistakes.items():
+        with pytest.raises(pytest.fail.Exception):
+            check(run(layer, implementation, experts=wrong), want)
+            print(f"not noticed: {name}")
+    with pytest.raises(pytest.fail.Exception):
+        check(run(layer, implementation) * 1.001, want)
