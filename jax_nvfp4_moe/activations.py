@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import math
 from collections.abc import Callable
 
@@ -103,8 +102,8 @@ def activate(
     """Applies an activation to the output of GEMM1.
 
     Without `round_to` everything stays in float32, as in the epilogues of the Blackwell kernels.
-    With it, values are rounded where vLLM's kernels round (csrc/activation_kernels.cu, whose
-    spelling of each curve this is): after the curve, and after the product with up.
+    With it, values are rounded where vLLM's kernels round, after the curve and after the product
+    with up (vllm@0.33.0: csrc/activation_kernels.cu, `act_and_mul_kernel`).
 
     Args:
       c1: GEMM1's output, float32, [..., 2 * I] with the gate in the first half and up in the
@@ -114,7 +113,7 @@ def activate(
         means no rounding.
 
     Returns:
-      float32 [..., I], differentiable in `c1`; finite gates of any size give finite derivatives.
+      float32 [..., I], differentiable in `c1`. No finite `c1` makes a NaN, here or in a derivative.
 
     Raises:
       TypeError: `c1` is not float32.
@@ -147,21 +146,10 @@ def _bend(gate: Float32[Array, "*batch I"], activation: Activation) -> Float32[A
             inner = math.sqrt(2 / math.pi) * (near + 0.044715 * near**3)
             return 0.5 * gate * (1 + jnp.tanh(inner))
         case _:
-            return _swish(gate, 1.0 if activation.alpha is None else activation.alpha)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _swish(x: Array, alpha: float) -> Array:
-    """Sigmoid(alpha * x) * x in one division: a product rounds twice, and bfloat16 sees it."""
-    return x / (1 + jnp.exp(-alpha * x))
-
-
-@_swish.defjvp
-def _swish_jvp(alpha: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    # Where exp(-alpha * x) overflows, the quotient's own derivative would be 0 * inf.
-    (x,), (dx,) = primals, tangents
-    sigmoid = jax.nn.sigmoid(alpha * x)
-    return _swish(x, alpha), dx * sigmoid * (1 + alpha * x * (1 - sigmoid))
+            # Not vLLM's gate / (1 + exp(-gate)): rounded to bfloat16 it is the same, but where the
+            # exp overflows its derivative is 0 * inf.
+            alpha = 1.0 if activation.alpha is None else activation.alpha
+            return gate * jax.nn.sigmoid(alpha * gate)
 
 
 def _check_c1(c1: Array, activation: Activation) -> None:

@@ -1,18 +1,18 @@
 """The products of NVFP4 weights with activations, never interleaving a decoded byte.
 
 A packed byte holds an even and an odd element. Activations are split into even and odd columns
-once, and the two halves of a contraction are added at the end. Both forms here read packed bytes:
+once, and the two halves of a contraction are added at the end. Three forms of the same sum:
 
-* `multiply_reduce` for a few tokens, a set of weights for each row. XLA fuses the gather of the
-  hit experts' bytes, the decoding and the sum into one loop on CPU and GPU. Where both operands are
-  NVFP4 it works in integers: codes doubled are integers, so a block's sum is exact in 16 bits, and
-  an exactly rounded product of the two block scales follows.
-* `decode_and_dot` for many tokens of one expert: the expert's weights are decoded into a temporary,
-  exact in bfloat16, and multiplied on the matrix unit.
+* `multiply_reduce`: a set of weights for each row. XLA:GPU fuses the gather of the hit experts'
+  bytes, the decoding and the sum into one kernel that writes nothing but the result.
+* `integer_multiply_reduce`: the same on a CPU, where the vector units are wider in integers.
+  Doubled codes are integers, so the sum over a block is exact in 16 bits; the product of the two
+  block scales, exact too, follows.
+* `decode_and_dot`: one expert's weights for many rows. They are decoded into a temporary, exact in
+  bfloat16, and multiplied on the matrix unit.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -35,23 +35,13 @@ class Rows(NamedTuple):
         low: even columns [..., K/2]: float32 values, or int8 doubled E2M1 codes with `scale`.
         high: odd columns.
         scale: float32 block scales [..., K/16] of the codes; None where low and high are values.
-        global_scale: float32 decode scale still to be multiplied, [] or [..., 1]; None for none.
+        global_scale: float32 decode scale [..., 1] still to be multiplied; None for none.
     """
 
     low: Float32[Array, "*rows K/2"] | Int8[Array, "*rows K/2"]
     high: Float32[Array, "*rows K/2"] | Int8[Array, "*rows K/2"]
     scale: Float32[Array, "*rows K/16"] | None
-    global_scale: Float32[Array, "..."] | None
-
-    def map(self, f: Callable[[Array], Array]) -> "Rows":
-        """Applies f to whatever has the rows' leading axes."""
-        scale, gain = self.scale, self.global_scale
-        return Rows(
-            f(self.low),
-            f(self.high),
-            None if scale is None else f(scale),
-            gain if gain is None or gain.ndim == 0 else f(gain),
-        )
+    global_scale: Float32[Array, "*rows 1"] | None
 
     def values(self) -> tuple[Array, Array]:
         """Even and odd columns as float32 values without the global scale; exact."""
@@ -76,15 +66,25 @@ class WeightValues:
 
     def __call__(self, weights: Nvfp4Array) -> tuple[Array, Array]:
         """Even and odd columns of the weights, float32 [..., N, K/2]."""
-        scale = weights.scale.astype(jnp.float32)
+        # Nothing is computed per block before it is spread over the block's bytes: XLA for a B200
+        # would write such scales, those of every hit expert, to memory.
+        scale = _by_block(weights.scale.astype(jnp.float32), weights.data.shape)
         if self.folded:
-            rows = weights.data.shape[:-1]
-            scale = scale * expand_global_scale(weights.global_scale, rows)[..., None]
-        half = _by_block(0.5 * scale, weights.data.shape)
-        low, high = (n.astype(jnp.float32) * half for n in doubled_nibbles(weights.data))
+            scale = scale * expand_global_scale(weights.global_scale, scale.shape[:-1])[..., None]
+        low, high = (_e2m1(n) * scale for n in (weights.data & 0xF, weights.data >> 4))
         if self.folded:
             low, high = round_to(low, self.dtype), round_to(high, self.dtype)
         return low, high
+
+
+def _e2m1(codes: Array) -> Array:
+    """Values of codes 0..15, in float32 throughout, which XLA:GPU keeps in registers.
+
+    Decoded as int8, as `format.doubled_codes` has it, a B200's cost model writes them to memory.
+    """
+    m = (codes & 7).astype(jnp.float32) * 0.5
+    magnitude = m + jnp.maximum(m - 2, 0) + 2 * jnp.maximum(m - 3, 0)
+    return jnp.where(codes > 7, -magnitude, magnitude)
 
 
 def _by_block(scale: Array, shape: tuple[int, ...]) -> Array:
@@ -99,17 +99,23 @@ def multiply_reduce(
     """Each row with its own weights: ``sum_k rows[..., k] * weights[..., n, k]``.
 
     Args:
-        rows: [..., K], axes of length 1 are repeated.
+        rows: [..., K]; axes of length 1 are repeated.
         weights: [..., N, K].
         as_values: how weights become operands.
 
     Returns:
         float32 sums, without global scales unless `as_values` folds them.
     """
-    if rows.scale is None or as_values.folded:
-        (x_low, x_high), (w_low, w_high) = rows.values(), as_values(weights)
-        return jnp.sum(x_low[..., None, :] * w_low + x_high[..., None, :] * w_high, axis=-1)
-    # 16 products of at most 12 * 12 stay below 2**15, and every step is exact.
+    (x_low, x_high), (w_low, w_high) = rows.values(), as_values(weights)
+    return jnp.sum(x_low[..., None, :] * w_low + x_high[..., None, :] * w_high, axis=-1)
+
+
+def integer_multiply_reduce(
+    rows: Rows, weights: Nvfp4Array, as_values: WeightValues
+) -> Float32[Array, "*rows N"]:
+    """`multiply_reduce` in integers, for rows that are codes and weights that are not folded."""
+    assert rows.scale is not None and not as_values.folded
+    # 16 products of at most 12 * 12 stay below 2**15.
     x_low, x_high = (n.astype(jnp.int16)[..., None, :] for n in (rows.low, rows.high))
     w_low, w_high = (n.astype(jnp.int16) for n in doubled_nibbles(weights.data))
     products = x_low * w_low + x_high * w_high

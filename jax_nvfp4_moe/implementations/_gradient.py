@@ -56,7 +56,7 @@ def backward(
         w13 = _values(recipe, own, "w13")
         w2 = _values(recipe, own, "w2")
 
-        c1 = _product(rows_in.map(lambda a: a[token]), w13) + _bias(own.w13_bias)
+        c1 = _product(jax.tree.map(lambda a: a[token], rows_in), w13) + _bias(own.w13_bias)
         hidden, activation_vjp = jax.vjp(lambda c: activate(c, call.activation), c1)
         rows = _product(recipe.requantized(hidden, hidden_scale), w2) + _bias(own.w2_bias)
 

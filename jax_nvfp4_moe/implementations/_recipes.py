@@ -146,9 +146,10 @@ class Recipe:
         if self.scheme == "per_token":
             scale = lax.optimization_barrier(scale_for(jnp.max(jnp.abs(x), -1, keepdims=True)))
         assert scale is not None  # check_experts
-        return self.quantize_at(x, reciprocal(scale))._replace(
-            global_scale=scale if self.call.numerics == "kernel" else None
-        )
+        rows = self.quantize_at(x, reciprocal(scale))
+        if self.call.numerics == "vllm":
+            return rows
+        return rows._replace(global_scale=jnp.broadcast_to(scale, (*x.shape[:-1], 1)))
 
     def quantize_at(self, x: Float32[Array, "*rows K"], encode: Float32[Array, "..."]) -> Rows:
         """Quantises rows at an encode scale, [] or [..., 1].

@@ -9,6 +9,8 @@ arithmetic, chosen by shape while tracing:
   time and multiplies all its tokens on the matrix unit.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,9 +18,14 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe.experts import ExpertWeights, select
 from jax_nvfp4_moe.format import round_to
-from jax_nvfp4_moe.implementations._contractions import Rows, decode_and_dot, multiply_reduce
+from jax_nvfp4_moe.implementations._contractions import (
+    Rows,
+    decode_and_dot,
+    integer_multiply_reduce,
+    multiply_reduce,
+)
 from jax_nvfp4_moe.implementations._grouping import Tile, expected_hits, group, tile_rows
-from jax_nvfp4_moe.implementations._recipes import Recipe
+from jax_nvfp4_moe.implementations._recipes import Contract, Recipe
 from jax_nvfp4_moe.implementations.base import Call, Problem
 
 name = "emulation"
@@ -103,28 +110,44 @@ def _gather(
     topk_weights: Float32[Array, "T K"],
     experts: ExpertWeights,
 ) -> Float[Array, "T K H"]:
-    if x.scale is None:
-        # Float products: a CPU is faster with one decoded expert at a time than with fused sums.
-        return lax.platform_dependent(
-            x,
-            ids,
-            topk_weights,
-            experts,
-            cpu=lambda *args: _grouped(recipe, *args),
-            default=lambda *args: _gather_rows(recipe, *args),
-        )
-    return _gather_rows(recipe, x, ids, topk_weights, experts)
+    # A CPU has no use for float products in one fused sum: where activations are not quantised it
+    # is faster with one decoded expert at a time.
+    on_cpu = _gather_on_cpu if x.scale is not None else _grouped
+    return lax.platform_dependent(
+        x,
+        ids,
+        topk_weights,
+        experts,
+        cpu=functools.partial(on_cpu, recipe),
+        default=functools.partial(gather_rows, recipe, multiply_reduce),
+    )
 
 
-def _gather_rows(
+def _gather_on_cpu(
     recipe: Recipe, x: Rows, ids: Array, topk_weights: Array, experts: ExpertWeights
 ) -> Array:
+    # Token by token: the sums of all blocks, written between the integers and the scales, then
+    # stay in the cache.
+    def one(token: tuple[Rows, Array, Array]) -> Array:
+        alone = jax.tree.map(lambda array: array[None], token)
+        return gather_rows(recipe, integer_multiply_reduce, *alone, experts)[0]
+
+    return lax.map(one, (x, ids, topk_weights))
+
+
+def gather_rows(
+    recipe: Recipe,
+    contract: Contract,
+    x: Rows,
+    ids: Int32[Array, "T K"],
+    topk_weights: Float32[Array, "T K"],
+    experts: ExpertWeights,
+) -> Float[Array, "T K H"]:
+    """Every pair with its own expert's weights; rows of ids out of range are zero."""
     valid = (ids >= 0) & (ids < experts.num_experts)
     own = select(experts, jnp.where(valid, ids, 0))
-    repeated = x.map(lambda array: array[:, None])
-    rows = recipe.expert_rows(
-        repeated, own, recipe.hidden_scale(experts), topk_weights, multiply_reduce
-    )
+    repeated = jax.tree.map(lambda array: array[:, None], x)
+    rows = recipe.expert_rows(repeated, own, recipe.hidden_scale(experts), topk_weights, contract)
     return jnp.where(valid[..., None], rows, 0.0).astype(recipe.row_dtype)
 
 
@@ -142,7 +165,7 @@ def _grouped(
 
     def tile_output(tile: Tile) -> Array:
         own = select(experts, tile.expert)
-        mine = x.map(lambda array: array[tile.pair // top_k])
+        mine = jax.tree.map(lambda array: array[tile.pair // top_k], x)
         return recipe.expert_rows(mine, own, hidden_scale, weights[tile.pair], decode_and_dot)
 
     start = varying_zeros((pairs, experts.hidden_size), recipe.row_dtype, x, ids, experts)
