@@ -338,7 +338,9 @@ def select(experts: ExpertWeights, ids: Int[Array, "*ids"]) -> ExpertWeights:
         if array is None:
             return None
         if array.dtype == jnp.float8_e4m3fn:
-            # As bytes: XLA:CPU widens float8 operands of a slice, here those of every expert.
+            # As bytes: XLA:CPU widens float8 operands of a slice, here those of every expert. And
+            # in a loop it would make the bytes of every expert once, before it.
+            array, _ = lax.optimization_barrier((array, ids))
             taken = take(lax.bitcast_convert_type(array, jnp.uint8))
             return lax.bitcast_convert_type(taken, jnp.float8_e4m3fn)
         return array.at[ids].get(mode="promise_in_bounds")

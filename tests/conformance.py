@@ -158,16 +158,16 @@ def make_layer(case, rng):
         spread[0, 0] = 1
         scales["input_scale"] = np.float32(np.abs(x.astype(np.float32)).max(initial=1) / 2688)
         scales["input_scale"] = (scales["input_scale"] * spread).astype(np.float32)
-        c1 = [np.einsum("th,eih->tei", x.astype(np.float32), w) for w in (gate, up) if w is not None]
+        c1 = [
+            np.einsum("th,eih->tei", x.astype(np.float32), w) for w in (gate, up) if w is not None
+        ]
         hidden_values = oracle.activation_fn(activation)(np.concatenate(c1, -1).astype(float))
         scales["hidden_scale"] = np.float32(np.abs(hidden_values).max(initial=1e-3) / 2688)
     if case.biases:
         scales["up_bias"] = normal(num, inter)
         scales["gate_bias"] = normal(num, inter) if activation.gated else None
         scales["down_bias"] = normal(num, hidden)
-    experts = nvm.quantize_experts(
-        gate, up, down, activation_scheme=case.scheme, **scales
-    )
+    experts = nvm.quantize_experts(gate, up, down, activation_scheme=case.scheme, **scales)
     grouped = case.method == "deepseek_v3"
     routing = nvm.Routing(
         case.method,

@@ -116,9 +116,7 @@ def test_mistaken_scales_fail(tokens, implementation, rng):
         ),
         "swizzled scales read as linear": dataclasses.replace(
             experts,
-            w13=dataclasses.replace(
-                experts.w13, scale=layouts.swizzle_scales(experts.w13.scale)
-            ),
+            w13=dataclasses.replace(experts.w13, scale=layouts.swizzle_scales(experts.w13.scale)),
         ),
     }
     for name, wrong in mistakes.items():

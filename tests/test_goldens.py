@@ -159,7 +159,9 @@ def test_every_step(name, golden):
         c2q = recipe.requantized(c2_golden, hidden_scale)
         own = emulation.select(experts, ids)
         c1 = recipe.rounding(
-            _contractions.multiply_reduce(jax.tree.map(lambda a: a[:, None], rows), own.w13, as_values)
+            _contractions.multiply_reduce(
+                jax.tree.map(lambda a: a[:, None], rows), own.w13, as_values
+            )
         )
         by_slot = jax.tree.map(lambda a: a.reshape(*ids.shape, -1), c2q)
         c3 = _contractions.multiply_reduce(by_slot, own.w2, as_values)

@@ -13,6 +13,7 @@ once, and the two halves of a contraction are added at the end. Three forms of t
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -121,8 +122,12 @@ def integer_multiply_reduce(
     products = x_low * w_low + x_high * w_high
     blocks = products.reshape(*products.shape[:-1], -1, BLOCK_SIZE // 2)
     sums = jnp.sum(blocks, axis=-1, dtype=jnp.int16).astype(jnp.float32)
-    scale = (0.25 * rows.scale)[..., None, :] * weights.scale.astype(jnp.float32)
-    return jnp.sum(sums * scale, axis=-1)
+    scaled = sums * weights.scale.astype(jnp.float32)
+    # A dot, as XLA:CPU sums along rows several times faster that way.
+    batch = tuple(range(scaled.ndim - 2))
+    scale = jnp.broadcast_to(0.25 * rows.scale, (*scaled.shape[:-2], scaled.shape[-1]))
+    contract = (((scaled.ndim - 1,), (scale.ndim - 1,)), (batch, batch))
+    return lax.dot_general(scaled, scale, contract, lax.Precision.HIGHEST)
 
 
 def decode_and_dot(
@@ -148,15 +153,19 @@ def dot(x: Float32[Array, "M K"], w: Float32[Array, "N K"], dtype: Any) -> Float
     CPUs multiply in float32; elsewhere the matrix unit takes the operands in `dtype`.
     """
 
-    def contract(a: Array, b: Array, precision: lax.Precision) -> Array:
-        last = (((a.ndim - 1,), (b.ndim - 1,)), ((), ()))
-        return lax.dot_general(a, b, last, precision, preferred_element_type=jnp.float32)
+    last = (((1,), (1,)), ((), ()))
+    # HIGHEST matters for float32 alone: it keeps TF32 and bfloat16 passes off.
+    multiply = functools.partial(
+        lax.dot_general,
+        dimension_numbers=last,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
-    def narrow(a: Array, b: Array) -> Array:
-        # HIGHEST matters for float32 alone: it keeps TF32 and bfloat16 passes off.
-        return contract(a.astype(dtype), b.astype(dtype), lax.Precision.HIGHEST)
+    def narrow(x: Array, w: Array) -> Array:
+        return multiply(x.astype(dtype), w.astype(dtype))
 
-    def wide(a: Array, b: Array) -> Array:
-        return contract(a, b, lax.Precision.HIGHEST)
+    def wide(x: Array, w: Array) -> Array:
+        return multiply(w, x).T  # with few rows in x, faster than x times w
 
     return lax.platform_dependent(x, w, cpu=wide, default=narrow)

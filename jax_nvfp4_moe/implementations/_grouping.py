@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Int32, Shaped
 
 
 class Tile(NamedTuple):
@@ -12,11 +12,13 @@ class Tile(NamedTuple):
 
     Attributes:
         expert: the expert, [].
+        first: where the tile begins in the order of pairs sorted by expert, [].
         pair: which pairs ``token * K + slot`` [M]; rows that are not live repeat some pair.
-        live: which rows are the expert's, [M].
+        live: which rows are the expert's, [M]: the first ones. The next tile begins after them.
     """
 
     expert: Int32[Array, ""]
+    first: Int32[Array, ""]
     pair: Int32[Array, " M"]
     live: Bool[Array, " M"]
 
@@ -45,10 +47,17 @@ class Grouping(NamedTuple):
         """Tile number `index` of `rows` rows."""
         expert = jnp.sum(self.last_tile <= index, dtype=jnp.int32)
         tiles_before = self.last_tile[expert] - _tiles(self.pairs[expert], rows)
-        offset = (index - tiles_before) * rows + jnp.arange(rows, dtype=jnp.int32)
-        live = offset < self.pairs[expert]
-        place = jnp.minimum(self.first_pair[expert] + offset, self.order.size - 1)
-        return Tile(expert, self.order[place], live)
+        offset = (index - tiles_before) * rows
+        place = offset + _iota(rows)
+        live = place < self.pairs[expert]
+        first = self.first_pair[expert]
+        pair = self.order[jnp.minimum(first + place, self.order.size - 1)]
+        return Tile(expert, first + offset, pair, live)
+
+    def unsort(self, rows: Shaped[Array, "P+M H"]) -> Shaped[Array, "P H"]:
+        """Rows in sorted order, brought back to the order of the pairs."""
+        place = jnp.zeros_like(self.order).at[self.order].set(_iota(self.order.size))
+        return rows[place]
 
 
 def group(ids: Int32[Array, "T K"], num_experts: int, rows: int) -> Grouping:
@@ -69,6 +78,10 @@ def group(ids: Int32[Array, "T K"], num_experts: int, rows: int) -> Grouping:
     last_pair = jnp.cumsum(pairs, dtype=jnp.int32)
     last_tile = jnp.cumsum(_tiles(pairs, rows), dtype=jnp.int32)
     return Grouping(order, last_pair - pairs, pairs, last_tile)
+
+
+def _iota(size: int) -> Array:
+    return jnp.arange(size, dtype=jnp.int32)
 
 
 def _tiles(pairs: Array, rows: int) -> Array:

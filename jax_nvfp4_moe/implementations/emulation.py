@@ -168,17 +168,21 @@ def _grouped(
         mine = jax.tree.map(lambda array: array[tile.pair // top_k], x)
         return recipe.expert_rows(mine, own, hidden_scale, weights[tile.pair], decode_and_dot)
 
-    start = varying_zeros((pairs, experts.hidden_size), recipe.row_dtype, x, ids, experts)
     rows_per_tile = tile_rows(tokens, top_k, experts.num_experts)
     grouping = group(ids, experts.num_experts, rows_per_tile)
 
     def body(index: Array, rows: Array) -> Array:
         tile = grouping.tile(index, rows_per_tile)
-        place = jnp.where(tile.live, tile.pair, pairs)
-        return rows.at[place].set(tile_output(tile).astype(rows.dtype), mode="drop")
+        # Rows that are not live are overwritten by the next tile, or lie beyond the last pair.
+        output = tile_output(tile).astype(rows.dtype)
+        return lax.dynamic_update_slice(rows, output, (tile.first, jnp.int32(0)))
 
+    shape = (pairs + rows_per_tile, experts.hidden_size)
+    start = varying_zeros(shape, recipe.row_dtype, x, ids, experts)
     rows = lax.fori_loop(jnp.int32(0), grouping.num_tiles, body, start)
-    return rows.reshape(tokens, top_k, experts.hidden_size)
+    valid = (ids >= 0) & (ids < experts.num_experts)
+    rows = grouping.unsort(rows).reshape(tokens, top_k, experts.hidden_size)
+    return jnp.where(valid[..., None], rows, jnp.zeros_like(rows))
 
 
 def varying_zeros(shape: tuple[int, ...], dtype: jnp.dtype, *sources: object) -> Array:
