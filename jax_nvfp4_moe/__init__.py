@@ -1,5 +1,6 @@
 """NVFP4 mixture-of-experts as one pure, jittable JAX function, on any device."""
 
+from jax_nvfp4_moe import parallel as parallel
 from jax_nvfp4_moe.activations import Activation as Activation
 from jax_nvfp4_moe.experts import ExpertWeights as ExpertWeights
 from jax_nvfp4_moe.experts import prepare as prepare

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
+from jax_nvfp4_moe.format import described
+
 # The parameters each activation has, with their defaults. `swiglu_oai` is gpt-oss's:
 # modeling_gpt_oss.py of Hugging Face transformers.
 _PARAMETERS = {
@@ -51,7 +53,8 @@ class Activation:
     limit: float | None = None
 
     def __post_init__(self) -> None:
-        expected = f"activation is {self.name!r}, expected one of {', '.join(_PARAMETERS)}"
+        names = ", ".join(_PARAMETERS)
+        expected = f"activation is {described(self.name)}, expected one of {names}"
         if not isinstance(self.name, str):
             raise TypeError(f"{expected}, or an Activation")
         if self.name not in _PARAMETERS:
@@ -71,7 +74,7 @@ class Activation:
                 f"or use {having}"
             )
         if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
-            raise TypeError(f"{parameter} is {value!r}, expected a float, such as 1.0")
+            raise TypeError(f"{parameter} is {described(value)}, expected a float, such as 1.0")
         if parameter == "limit" and not value > 0:
             raise ValueError(f"limit is {value}, expected above 0: math.inf is no limit")
         if parameter != "limit" and not math.isfinite(value):

@@ -19,7 +19,10 @@ from jax_nvfp4_moe.format import (
     BLOCK_SIZE,
     INPUT_DTYPES,
     Nvfp4Array,
+    as_array,
     check_global_scale,
+    check_name,
+    described,
     quantize,
 )
 from jax_nvfp4_moe.layouts import Layout
@@ -127,10 +130,12 @@ def quantize_experts(
         TypeError: a dtype is not supported.
         ValueError: a shape, a scale or a weight (NaN, infinite) is not as described.
     """
-    up, down = jnp.asarray(up), jnp.asarray(down)
+    up, down = as_array("up", up), as_array("down", down)
     if up.ndim != 3:
         raise ValueError(f"up has shape {up.shape}, expected [E, I, H]")
     num_experts, intermediate_size, hidden_size = up.shape
+    if num_experts == 0:
+        raise ValueError(f"up has shape {up.shape} with E = 0, expected at least 1 expert")
     for name, size in (("I", intermediate_size), ("H", hidden_size)):
         if size == 0 or size % BLOCK_SIZE:
             near = layouts.round_up(max(size, 1), BLOCK_SIZE)
@@ -138,16 +143,17 @@ def quantize_experts(
                 f"up has shape {up.shape} with {name} = {size}, expected a positive multiple of "
                 f"{BLOCK_SIZE}: pad it to {near} with zeros"
             )
-    _check_matrix("down", down, (num_experts, hidden_size, intermediate_size))
     matrices = {"up": up, "down": down}
+    _check_down(down, up, gated=gate is not None)
     if gate is not None:
-        gate = jnp.asarray(gate)
-        _check_matrix("gate", gate, up.shape)
+        gate = as_array("gate", gate)
+        _check_gate(gate, up, down)
         matrices["gate"] = gate
     for name, matrix in matrices.items():
         if matrix.dtype not in INPUT_DTYPES:
             raise TypeError(
-                f"{name} has dtype {matrix.dtype}, expected bfloat16, float16 or float32"
+                f"{name} has dtype {matrix.dtype}, expected bfloat16, float16 or float32: "
+                "dequantise it to one of these first"
             )
         _check_finite(name, matrix)
     if gate is not None and (gate_bias is None) != (up_bias is None):
@@ -163,17 +169,17 @@ def quantize_experts(
         scale=jnp.concatenate([q.scale for q in quantised], axis=1),
         global_scale=jnp.stack([q.global_scale for q in quantised], axis=1),
     )
-    biases = [b for b in (gate_bias, up_bias) if b is not None]
+    biases = {"gate_bias": gate_bias, "up_bias": up_bias}
     if activation_scheme is None:
         calibrated = input_scale is not None or hidden_scale is not None
         activation_scheme = "static" if calibrated else "per_token"
     experts = ExpertWeights(
         w13=w13,
         w2=_quantize_each(down),
-        input_scale=None if input_scale is None else jnp.asarray(input_scale, jnp.float32),
-        hidden_scale=None if hidden_scale is None else jnp.asarray(hidden_scale, jnp.float32),
+        input_scale=_optional("input_scale", input_scale),
+        hidden_scale=_optional("hidden_scale", hidden_scale),
         w13_bias=_concatenate_biases(biases, up.shape[:2]),
-        w2_bias=_concatenate_biases([] if down_bias is None else [down_bias], down.shape[:2]),
+        w2_bias=_concatenate_biases({"down_bias": down_bias}, down.shape[:2]),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         activation_scheme=activation_scheme,
@@ -193,30 +199,54 @@ def _quantize_each(weights: Array) -> Nvfp4Array:
     return lax.map(quantize, weights)
 
 
-def _check_matrix(name: str, matrix: Array, shape: tuple[int, ...]) -> None:
-    if matrix.shape != shape:
-        hint = ""
-        if matrix.ndim == 3 and (matrix.shape[0], matrix.shape[2], matrix.shape[1]) == shape:
-            hint = f": rows are outputs, pass jnp.swapaxes({name}, 1, 2)"
-        raise ValueError(f"{name} has shape {matrix.shape}, expected {shape}{hint}")
+def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], *reversed(shape[-2:]))
+
+
+def _check_down(down: Array, up: Array, *, gated: bool) -> None:
+    wanted = _swapped(up.shape)
+    if down.shape == wanted:
+        return
+    hint = ""
+    if down.shape == up.shape:
+        hint = ": rows are outputs, pass jnp.swapaxes(down, 1, 2)"
+    elif not gated and down.shape == (*wanted[:2], wanted[2] // 2):
+        hint = ": if up holds gate rows too, pass gate, up = jnp.split(up, 2, axis=1)"
+    raise ValueError(
+        f"down has shape {down.shape}, expected [E, H, I] = {wanted}, as up is {up.shape}{hint}"
+    )
+
+
+def _check_gate(gate: Array, up: Array, down: Array) -> None:
+    if gate.shape == up.shape:
+        return
+    hint = ""
+    if gate.shape == down.shape:
+        hint = ": it has the shape of down, are up and down swapped, or gate transposed?"
+    raise ValueError(f"gate has shape {gate.shape}, expected that of up, {up.shape}{hint}")
 
 
 def _check_finite(name: str, matrix: Array) -> None:
     if isinstance(matrix, jax.core.Tracer):
         return
-    broken = int(jnp.sum(~jnp.isfinite(matrix)))
-    if broken:
-        raise ValueError(f"{name} holds {broken} values that are NaN or infinite, expected none")
+    if not jnp.isfinite(matrix).all():
+        values = np.asarray(matrix, np.float32)
+        (problem,) = _problems(name, values, ~np.isfinite(values), "NaN or infinite")
+        raise ValueError(f"{problem}; expected finite weights")
 
 
-def _concatenate_biases(biases: list[ArrayLike], each: tuple[int, ...]) -> Array | None:
-    if not biases:
-        return None
-    arrays = [jnp.asarray(bias, jnp.float32) for bias in biases]
-    for bias in arrays:
+def _optional(name: str, value: ArrayLike | None) -> Array | None:
+    return None if value is None else as_array(name, value, jnp.float32)
+
+
+def _concatenate_biases(biases: dict[str, ArrayLike | None], each: tuple[int, ...]) -> Array | None:
+    arrays = {name: _optional(name, bias) for name, bias in biases.items() if bias is not None}
+    for name, bias in arrays.items():
         if bias.shape != each:
-            raise ValueError(f"a bias has shape {bias.shape}, expected {each}: one for each row")
-    return jnp.concatenate(arrays, axis=1)
+            raise ValueError(
+                f"{name} has shape {bias.shape}, expected {each}: one value for each row"
+            )
+    return jnp.concatenate(list(arrays.values()), axis=1) if arrays else None
 
 
 # ------------------------------------------------------------------------------------- layouts
@@ -239,11 +269,8 @@ def prepare(experts: ExpertWeights, implementation: str) -> ExpertWeights:
     Raises:
         ValueError: the name is not one of these.
     """
-    if implementation not in _LAYOUT_OF:
-        raise ValueError(
-            f"implementation is {implementation!r}, expected one of {sorted(_LAYOUT_OF)}"
-        )
     check_experts(experts)
+    check_name("implementation", implementation, _LAYOUT_OF)
     layout = _LAYOUT_OF[implementation]
     if layout == experts.layout:
         return experts
@@ -368,21 +395,15 @@ def check_experts(experts: ExpertWeights) -> None:
     """
     if not isinstance(experts, ExpertWeights):
         raise TypeError(
-            f"experts is a {type(experts).__name__}, expected ExpertWeights: "
+            f"experts is {described(experts)}, expected ExpertWeights: "
             "build it with quantize_experts() or load_experts()"
         )
-    if experts.layout not in get_args(Layout):
-        raise ValueError(
-            f"experts.layout is {experts.layout!r}, expected one of {get_args(Layout)}"
-        )
+    check_name("experts.layout", experts.layout, get_args(Layout))
     scheme = experts.activation_scheme
-    if scheme not in get_args(ActivationScheme):
-        raise ValueError(
-            f"experts.activation_scheme is {scheme!r}, expected one of {get_args(ActivationScheme)}"
-        )
+    check_name("experts.activation_scheme", scheme, get_args(ActivationScheme))
     for name, weights in (("w13", experts.w13), ("w2", experts.w2)):
         _check_dtypes(f"experts.{name}", weights)
-    num_experts, rows = experts.w13.data.shape[:2]
+    num_experts = experts.w13.data.shape[0]
     gates = 2 if experts.gated else 1
     hidden, intermediate = layouts.padded_sizes(
         experts.layout,
@@ -391,8 +412,13 @@ def check_experts(experts: ExpertWeights) -> None:
         gated=experts.gated,
         per_token=scheme == "per_token",
     )
-    _check_shapes("experts.w13", experts.w13, (num_experts, gates * intermediate, hidden))
-    _check_shapes("experts.w2", experts.w2, (num_experts, hidden, intermediate))
+    described_by = (
+        f"layout {experts.layout!r}, hidden_size {experts.hidden_size} and intermediate_size "
+        f"{experts.intermediate_size}"
+    )
+    w13_shape = (num_experts, gates * intermediate, hidden)
+    _check_shapes("experts.w13", experts.w13, w13_shape, described_by)
+    _check_shapes("experts.w2", experts.w2, (num_experts, hidden, intermediate), described_by)
     for name, wanted in (("w13", (num_experts, gates)), ("w2", (num_experts,))):
         got = getattr(experts, name).global_scale.shape
         if got != wanted:
@@ -402,18 +428,32 @@ def check_experts(experts: ExpertWeights) -> None:
     logical_rows = gates * experts.intermediate_size
     for name, width in (("w13_bias", logical_rows), ("w2_bias", experts.hidden_size)):
         bias = getattr(experts, name)
-        if bias is not None and bias.shape != (num_experts, width):
+        if bias is None:
+            continue
+        _check_is_array(f"experts.{name}", bias)
+        if bias.shape != (num_experts, width):
             raise ValueError(
                 f"experts.{name} has shape {bias.shape}, expected {(num_experts, width)}"
             )
 
 
+def _check_is_array(name: str, value: object, dtype: str = "float32") -> None:
+    if not hasattr(value, "dtype"):
+        raise TypeError(f"{name} is {described(value)}, expected a {dtype} array")
+
+
 def _check_dtypes(name: str, weights: Nvfp4Array) -> None:
+    if not isinstance(weights, Nvfp4Array):
+        raise TypeError(
+            f"{name} is {described(weights)}, expected Nvfp4Array: build experts with "
+            "quantize_experts() or load_experts()"
+        )
     wanted = {"data": jnp.uint8, "scale": jnp.float8_e4m3fn, "global_scale": jnp.float32}
     for field, dtype in wanted.items():
-        got = getattr(weights, field).dtype
-        if got != dtype:
-            raise TypeError(f"{name}.{field} has dtype {got}, expected {np.dtype(dtype)}")
+        array = getattr(weights, field)
+        _check_is_array(f"{name}.{field}", array, np.dtype(dtype).name)
+        if array.dtype != dtype:
+            raise TypeError(f"{name}.{field} has dtype {array.dtype}, expected {np.dtype(dtype)}")
     if weights.data.ndim != 3:
         raise ValueError(
             f"{name}.data has shape {weights.data.shape}, expected 3 axes, experts first; "
@@ -421,12 +461,17 @@ def _check_dtypes(name: str, weights: Nvfp4Array) -> None:
         )
 
 
-def _check_shapes(name: str, weights: Nvfp4Array, shape: tuple[int, ...]) -> None:
+def _check_shapes(
+    name: str, weights: Nvfp4Array, shape: tuple[int, ...], described_by: str
+) -> None:
     *rows, length = shape
     for field, per_column in (("data", 2), ("scale", BLOCK_SIZE)):
         got, wanted = getattr(weights, field).shape, (*rows, length // per_column)
         if got != wanted:
-            raise ValueError(f"{name}.{field} has shape {got}, expected {wanted} for {shape}")
+            raise ValueError(
+                f"{name}.{field} has shape {got}, expected {wanted}: with {described_by}, {name} "
+                f"is {shape}"
+            )
     check_global_scale(f"{name}.global_scale", weights.global_scale, shape)
 
 
@@ -442,7 +487,10 @@ def _check_activation_scale(
         raise ValueError(
             f"experts.{name} is given, but activation_scheme is {scheme!r}, which does not use it"
         )
-    if scale is not None and scale.shape not in ((), per_expert):
+    if scale is None:
+        return
+    _check_is_array(f"experts.{name}", scale)
+    if scale.shape not in ((), per_expert):
         raise ValueError(f"experts.{name} has shape {scale.shape}, expected () or {per_expert}")
 
 
@@ -459,15 +507,19 @@ def validate(experts: ExpertWeights) -> None:
             the number of such values and where the first one is.
     """
     check_experts(experts)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(experts)):
+    leaves = jax.tree.leaves(experts)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise TypeError("experts is being traced, expected concrete arrays: validate outside jit")
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        raise TypeError("experts has ShapeDtypeStructs for arrays, expected concrete arrays")
     problems = []
     for name in ("w13", "w2"):
         weights = getattr(experts, name)
-        bits = np.asarray(weights.scale).view(np.uint8)
-        problems += _problems(f"{name}.scale", bits, (bits & 0x7F) == 0x7F, "NaN")
+        scale = np.asarray(weights.scale)
+        bits = scale.view(np.uint8)
+        problems += _problems(f"{name}.scale", scale, (bits & 0x7F) == 0x7F, "NaN")
         negative = (bits > 0x80) & (bits != 0xFF)
-        problems += _problems(f"{name}.scale", bits, negative, "negative")
+        problems += _problems(f"{name}.scale", scale, negative, "negative")
         problems += _positive_problems(f"{name}.global_scale", np.asarray(weights.global_scale))
     for name in ("input_scale", "hidden_scale"):
         if (scale := getattr(experts, name)) is not None:
@@ -490,7 +542,8 @@ def _problems(name: str, values: np.ndarray, bad: np.ndarray, what: str) -> list
         return []
     first = np.unravel_index(np.argmax(bad), bad.shape)
     where = "".join(f"[{int(i)}]" for i in first)
-    return [f"{name}: {int(bad.sum())} of {bad.size} values {what}, the first at {name}{where}"]
+    number = f"{int(bad.sum())} of {bad.size} values {what}"
+    return [f"{name}: {number}, the first at {name}{where} = {values[first]}"]
 
 
 def _raise_for(problems: list[str]) -> None:

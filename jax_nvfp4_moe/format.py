@@ -10,9 +10,11 @@ on a CPU sees nothing wrong. What is written here survives both compilers and gi
 """
 
 import dataclasses
+import difflib
 import functools
 import math
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,8 @@ E4M3_MAX = 448.0
 RANGE_MAX = E2M1_MAX * E4M3_MAX
 
 INPUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+Per = Literal["tensor", "expert", "row"]
 
 _FLOAT32_TINY = float(jnp.finfo(jnp.float32).tiny)
 _FLOAT32_MAX = float(jnp.finfo(jnp.float32).max)
@@ -65,6 +69,53 @@ class Nvfp4Array:
     def nbytes(self) -> int:
         """Bytes of all three arrays: 0.5625 an element, and the global scales."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+# ------------------------------------------------------------------------------------- messages
+
+
+def described(value: object) -> str:
+    """What an argument was, for an error message; never an array's values."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return repr(value)
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the function {value.__name__}"
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
+def as_array(name: str, value: Any, dtype: Any = None) -> Array:
+    """`value` as a JAX array; TypeError naming the argument if it cannot be one."""
+    try:
+        return jnp.asarray(value, dtype)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {described(value)}, expected an array") from None
+
+
+def check_name(name: str, value: object, names: Iterable[str], otherwise: str = "") -> None:
+    """Raises ValueError unless `value` is one of `names`, with the nearest of them."""
+    names = tuple(names)
+    if isinstance(value, str) and value in names:
+        return
+    near = difflib.get_close_matches(value.lower(), names, n=1) if isinstance(value, str) else []
+    raise ValueError(
+        f"{name} is {described(value)}, expected {otherwise}one of {', '.join(map(repr, names))}"
+        + (f": did you mean {near[0]!r}?" if near else "")
+    )
+
+
+def check_dtype(name: str, dtype: Any, otherwise: str = "") -> Any:
+    """The dtype that `dtype` means; TypeError unless results can have it."""
+    expected = f"expected bfloat16, float16 or float32{otherwise}"
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{name} is {described(dtype)}, {expected}") from None
+    if found not in INPUT_DTYPES:
+        raise TypeError(f"{name} is {found}, {expected}")
+    return found
 
 
 # ------------------------------------------------------------------------------------- rounding
@@ -141,8 +192,9 @@ def exact_divide(
     inexact = lax.rem(remainder, divisor) != 0
     quotient = quotient | inexact.astype(jnp.int32)
 
-    exponent = exponent_a - exponent_b - 28
-    half = exponent >> 1  # in two factors, as 2**exponent alone may be out of range
+    # In two factors, as 2**exponent alone may be out of range; below -252 all results are zero.
+    exponent = jnp.maximum(exponent_a - exponent_b - 28, -252)
+    half = exponent >> 1
     rounded = quotient.astype(jnp.float32) * _power_of_two(half) * _power_of_two(exponent - half)
     rounded = lax.select((bits_a ^ bits_b) < 0, -rounded, rounded)
     ordinary = (exponent_a > 0) & (exponent_a < 255) & (exponent_b > 0) & (exponent_b < 255)
@@ -200,9 +252,9 @@ def pack(values: Float[Array, "*rows K"]) -> UInt8[Array, "*rows K/2"]:
         TypeError: not float4_e2m1fn.
         ValueError: K is odd.
     """
-    if values.dtype != jnp.float4_e2m1fn:
+    if getattr(values, "dtype", None) != jnp.float4_e2m1fn:
         raise TypeError(
-            f"values has dtype {values.dtype}, expected float4_e2m1fn; quantize() takes wider types"
+            f"values is {described(values)}, expected float4_e2m1fn; quantize() takes wider types"
         )
     if values.ndim == 0 or values.shape[-1] % 2:
         raise ValueError(f"values has shape {values.shape}, expected an even last axis")
@@ -223,8 +275,8 @@ def unpack(data: UInt8[Array, "*rows K/2"]) -> Float[Array, "*rows K"]:
         TypeError: not uint8.
         ValueError: a scalar.
     """
-    if data.dtype != jnp.uint8:
-        raise TypeError(f"data has dtype {data.dtype}, expected uint8: two E2M1 codes a byte")
+    if getattr(data, "dtype", None) != jnp.uint8:
+        raise TypeError(f"data is {described(data)}, expected uint8: two E2M1 codes a byte")
     if data.ndim == 0:
         raise ValueError("data is a scalar, expected [..., K/2]")
     pairs = lax.bitcast_convert_type(data, jnp.float4_e2m1fn)
@@ -297,7 +349,7 @@ def quantize(
     x: Float[Array, "*rows K"],
     global_scale: Float32[Array, "..."] | float | None = None,
     *,
-    per: Literal["tensor", "expert", "row"] = "tensor",
+    per: Per = "tensor",
 ) -> Nvfp4Array:
     """Quantises to NVFP4, in blocks of 16 along the last axis.
 
@@ -315,24 +367,31 @@ def quantize(
         TypeError: `x` is not one of the three dtypes.
         ValueError: the shape of `x` or `global_scale`, or `per`, is not as described.
     """
-    x = jnp.asarray(x)
+    x = as_array("x", x)
     if x.dtype not in INPUT_DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}, expected bfloat16, float16 or float32")
-    if x.ndim == 0 or x.shape[-1] % BLOCK_SIZE:
-        near = math.ceil(x.shape[-1] / BLOCK_SIZE) * BLOCK_SIZE if x.ndim else BLOCK_SIZE
-        raise ValueError(
-            f"x has shape {x.shape}, expected [..., K] with K a multiple of {BLOCK_SIZE}: "
-            f"pad the last axis to {near} with zeros"
+        raise TypeError(
+            f"x has dtype {x.dtype}, expected bfloat16, float16 or float32; "
+            "pass x.astype(jnp.float32)"
         )
+    if x.ndim == 0 or x.shape[-1] % BLOCK_SIZE:
+        near = math.ceil(x.shape[-1] / BLOCK_SIZE) * BLOCK_SIZE if x.ndim else 0
+        pad = f": pad the last axis to {near} with zeros" if x.ndim else ""
+        raise ValueError(
+            f"x has shape {x.shape}, expected [..., K] with K a multiple of {BLOCK_SIZE}{pad}"
+        )
+    check_name("per", per, get_args(Per))
     leading = {"tensor": 0, "expert": 1, "row": x.ndim - 1}
-    if per not in leading:
-        raise ValueError(f"per is {per!r}, expected 'tensor', 'expert' or 'row'")
     if leading[per] > x.ndim - 1:
-        raise ValueError(f"per is {per!r}, but x has shape {x.shape} with no leading axis")
+        raise ValueError(
+            f"per is {per!r}, but x has shape {x.shape} with no leading axis: expected 'tensor'"
+        )
     if global_scale is not None:
         if per != "tensor":
-            raise ValueError(f"per is {per!r}, but global_scale was given: leave one of them out")
-        global_scale = jnp.asarray(global_scale, jnp.float32)
+            raise ValueError(
+                f"per is {per!r}, but global_scale was given: leave one of them out, its shape "
+                "says what shares a scale"
+            )
+        global_scale = as_array("global_scale", global_scale, jnp.float32)
         check_global_scale("global_scale", global_scale, x.shape)
     return _quantize(x, global_scale, leading[per])
 
@@ -375,10 +434,16 @@ def dequantize(q: Nvfp4Array, dtype: Any = jnp.bfloat16) -> Float[Array, "*rows 
 
     Returns:
         [..., K] of `dtype`.
+
+    Raises:
+        TypeError: `q` is no Nvfp4Array, or `dtype` not one of these.
     """
+    if not isinstance(q, Nvfp4Array):
+        raise TypeError(f"q is {described(q)}, expected Nvfp4Array, as from quantize()")
+    dtype = check_dtype("dtype", dtype)
     rows = q.data.shape[:-1]
     scale = q.scale.astype(jnp.float32) * expand_global_scale(q.global_scale, rows)[..., None]
     low, high = doubled_nibbles(q.data)
-    doubled = jnp.stack([low, high], axis=-1).reshape(*rows, -1, BLOCK_SIZE)
+    doubled = jnp.stack([low, high], axis=-1).reshape(*q.scale.shape, BLOCK_SIZE)
     values = doubled.astype(jnp.float32) * 0.5 * scale[..., None]
     return round_to(values.reshape(q.shape), dtype).astype(dtype)

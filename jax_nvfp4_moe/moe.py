@@ -14,12 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from jax_nvfp4_moe import selection
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
-from jax_nvfp4_moe.format import INPUT_DTYPES
+from jax_nvfp4_moe.format import (
+    INPUT_DTYPES,
+    as_array,
+    check_dtype,
+    check_name,
+    described,
+)
 from jax_nvfp4_moe.implementations import _gradient
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
 from jax_nvfp4_moe.routing import Routing, route
@@ -60,18 +66,14 @@ def nvfp4_moe(
     Returns:
         [T, H] of `output_dtype`.
     """
-    logits = jnp.asarray(logits)
+    x, logits = as_array("x", x), as_array("logits", logits)
     if not isinstance(routing, Routing):
         raise TypeError(
-            f"routing is a {type(routing).__name__}, expected Routing, as in "
+            f"routing is {described(routing)}, expected Routing, as in "
             "Routing('renormalize', top_k=8)"
         )
     check_experts(experts)
-    num_experts = experts.num_experts * _axis_size(axis_name)
-    if logits.ndim != 2 or logits.shape[1] != num_experts:
-        raise ValueError(
-            f"logits has shape {logits.shape}, expected [T, E] with E = {num_experts} experts"
-        )
+    _check_logits(x, logits, experts, axis_name)
     topk_ids, topk_weights = route(logits, routing, bias=bias)
     return nvfp4_moe_routed(
         x,
@@ -132,7 +134,8 @@ def nvfp4_moe_routed(
         ValueError: a shape or a value does not fit.
         NotImplementedError: the implementation that was named cannot serve the call.
     """
-    x, topk_ids, topk_weights = jnp.asarray(x), jnp.asarray(topk_ids), jnp.asarray(topk_weights)
+    x, topk_ids = as_array("x", x), as_array("topk_ids", topk_ids)
+    topk_weights = as_array("topk_weights", topk_weights)
     check_experts(experts)
     activation = Activation.of(activation)
     _check_tokens(x, experts)
@@ -260,6 +263,8 @@ def _folding_vmap(run: Callable[..., Any]) -> Callable[..., Any]:
 def _axis_size(axis_name: str | None) -> int:
     if axis_name is None:
         return 1
+    if not isinstance(axis_name, (str, tuple)):
+        raise TypeError(f"axis_name is {described(axis_name)}, expected None or a mesh axis's name")
     try:
         return lax.axis_size(axis_name)
     except NameError as error:
@@ -279,13 +284,40 @@ def _check_float(name: str, array: Array) -> None:
 
 def _check_tokens(x: Array, experts: ExpertWeights) -> None:
     _check_float("x", x)
+    hidden = experts.hidden_size
     if x.ndim != 2:
-        hint = ": fold batch and sequence into T, or use vmap" if x.ndim > 2 else ""
-        raise ValueError(f"x has shape {x.shape}, expected [T, H]{hint}")
-    if x.shape[1] != experts.hidden_size:
+        hint = ""
+        if x.ndim > 2:
+            hint = f": fold batch and sequence into T, x.reshape(-1, {x.shape[-1]}), or use vmap"
+        elif x.shape == (hidden,):
+            hint = ": for one token pass x[None]"
+        raise ValueError(f"x has shape {x.shape}, expected [T, {hidden}]{hint}")
+    if x.shape[1] != hidden:
+        hint = ""
+        if x.shape[1] == experts.intermediate_size:
+            hint = f" and intermediate_size {x.shape[1]}; were the weights transposed?"
         raise ValueError(
-            f"x has shape {x.shape}, expected [T, {experts.hidden_size}]: the experts have "
-            f"hidden_size {experts.hidden_size}"
+            f"x has shape {x.shape}, expected [T, {hidden}]: the experts have hidden_size "
+            f"{hidden}{hint}"
+        )
+
+
+def _check_logits(x: Array, logits: Array, experts: ExpertWeights, axis_name: str | None) -> None:
+    num_experts = experts.num_experts * _axis_size(axis_name)
+    swapped = (num_experts,), (experts.hidden_size,)
+    if swapped[0] != swapped[1] and (x.shape[1:], logits.shape[1:]) == swapped:
+        raise ValueError(
+            f"x has shape {x.shape} and logits has shape {logits.shape}, expected "
+            f"[T, {experts.hidden_size}] and [T, {num_experts}]: are they swapped?"
+        )
+    _check_tokens(x, experts)
+    if logits.shape != (x.shape[0], num_experts):
+        hint = ""
+        if logits.ndim > 2:
+            hint = f": fold batch and sequence into T, logits.reshape(-1, {logits.shape[-1]})"
+        raise ValueError(
+            f"logits has shape {logits.shape}, expected [T, E] = {(x.shape[0], num_experts)}, as "
+            f"x has {x.shape[0]} tokens and there are {num_experts} experts{hint}"
         )
 
 
@@ -293,11 +325,18 @@ def _check_routed(
     x: Array, topk_ids: Array, topk_weights: Array, experts: ExpertWeights, axis_name: str | None
 ) -> None:
     if not jnp.issubdtype(topk_ids.dtype, jnp.integer):
-        raise TypeError(f"topk_ids has dtype {topk_ids.dtype}, expected integers, as from route()")
+        hint = "pass topk_ids.astype(jnp.int32)"
+        if jnp.issubdtype(topk_weights.dtype, jnp.integer):
+            hint = f"topk_weights has dtype {topk_weights.dtype}, are the two swapped?"
+        raise TypeError(
+            f"topk_ids has dtype {topk_ids.dtype}, expected integers, as from route(); {hint}"
+        )
     _check_float("topk_weights", topk_weights)
     if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0]:
+        hint = ": for K = 1 pass topk_ids[:, None]" if topk_ids.shape == x.shape[:1] else ""
         raise ValueError(
-            f"topk_ids has shape {topk_ids.shape}, expected [T, K] with T = {x.shape[0]}, as x has"
+            f"topk_ids has shape {topk_ids.shape}, expected [T, K] with T = {x.shape[0]}, as x "
+            f"has{hint}"
         )
     if topk_weights.shape != topk_ids.shape:
         raise ValueError(
@@ -326,8 +365,12 @@ def _check_options(
             f"activation {activation.name!r} is {'' if activation.gated else 'not '}gated, but "
             f"the experts have {have}: use for example {suggestion}"
         )
-    if numerics not in get_args(Numerics):
-        raise ValueError(f"numerics is {numerics!r}, expected one of {get_args(Numerics)}")
+    check_name("numerics", numerics, get_args(Numerics))
+    if not isinstance(router_weight_on_input, (bool, np.bool_)):
+        raise TypeError(
+            f"router_weight_on_input is {described(router_weight_on_input)}, expected True or "
+            "False, static under jit"
+        )
     if router_weight_on_input and top_k != 1:
         raise ValueError(
             f"router_weight_on_input is True with K = {top_k}, expected K = 1: with several "
@@ -336,9 +379,6 @@ def _check_options(
 
 
 def _check_output_dtype(x: Array, output_dtype: Any) -> np.dtype:
-    dtype = x.dtype if output_dtype is None else jnp.dtype(output_dtype)
-    if dtype not in INPUT_DTYPES:
-        raise TypeError(
-            f"output_dtype is {dtype}, expected bfloat16, float16 or float32, or None for x's"
-        )
-    return dtype
+    if output_dtype is None:
+        return x.dtype
+    return check_dtype("output_dtype", output_dtype, ", or None for x's")

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
+from jax_nvfp4_moe.format import described
+
 # Keeps a sum of vanished sigmoids from being a zero divisor: the kernels' and DeepSeek-V3's own.
 _EPSILON = 1e-20
 
@@ -153,7 +155,7 @@ def route(
       ValueError: a shape does not fit, or the method takes no bias.
     """
     if not isinstance(routing, Routing):
-        raise TypeError(f"routing is {routing!r}, expected Routing(method, top_k, ...)")
+        raise TypeError(f"routing is {described(routing)}, expected Routing(method, top_k, ...)")
     _check_logits(logits, routing)
     if bias is not None:
         _check_bias(bias, routing, logits.shape[1])
@@ -196,7 +198,8 @@ def _check_method(method: object) -> None:
 def _positive(name: str, value: Any, kind: type[int] | type[float]) -> int | float:
     accepted = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
     if not isinstance(value, accepted) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}, expected a {kind.__name__}, such as {kind(1)}")
+        wanted = "an int, such as 1" if kind is int else "a float, such as 1.0"
+        raise TypeError(f"{name} is {described(value)}, expected {wanted}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number above 0")
     return kind(value)  # NumPy's own are not weakly typed in JAX
@@ -205,7 +208,7 @@ def _positive(name: str, value: Any, kind: type[int] | type[float]) -> int | flo
 def _check_dtype(name: str, array: object) -> None:
     dtype = getattr(array, "dtype", None)
     if str(dtype) not in ("bfloat16", "float16", "float32"):
-        found = f"has dtype {dtype}" if dtype is not None else f"is a {type(array).__name__}"
+        found = f"has dtype {dtype}" if dtype is not None else f"is {described(array)}"
         wanted = f"bfloat16, float16 or float32: jnp.asarray({name}, jnp.float32) is one"
         raise TypeError(f"{name} {found}, expected an array of {wanted}")
 
@@ -219,7 +222,10 @@ def _check_logits(logits: Array, routing: Routing) -> None:
         )
     experts, k, groups = logits.shape[1], routing.top_k, routing.n_group
     if k > experts:
-        raise ValueError(f"routing.top_k is {k}, but logits {logits.shape} has {experts} experts")
+        raise ValueError(
+            f"routing.top_k is {k}, but logits {logits.shape} has {experts} experts: expected at "
+            f"most {experts}"
+        )
     if groups == 1:
         return
     size = experts // groups

@@ -4,9 +4,11 @@ import dataclasses
 from types import MappingProxyType
 
 import jax
+import numpy as np
 
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
+from jax_nvfp4_moe.format import check_name, described
 from jax_nvfp4_moe.implementations import emulation
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
 from jax_nvfp4_moe.routing import Routing
@@ -88,11 +90,7 @@ def select(implementation: str | None, problem: Problem) -> Implementation:
         NotImplementedError: the one that was named cannot; the message says why.
     """
     if implementation is not None:
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"implementation is {implementation!r}, expected None or one of "
-                f"{', '.join(map(repr, IMPLEMENTATIONS))}"
-            )
+        check_name("implementation", implementation, IMPLEMENTATIONS, "None or ")
         module, reason = IMPLEMENTATIONS[implementation], _refusal(implementation, problem)
         if module is None or reason is not None:
             raise NotImplementedError(f"implementation {implementation!r}: {reason}")
@@ -141,7 +139,12 @@ def explain(
     """
     check_experts(experts)
     if not isinstance(routing, Routing):
-        raise TypeError(f"routing is a {type(routing).__name__}, expected Routing")
+        raise TypeError(
+            f"routing is {described(routing)}, expected Routing, as in "
+            "Routing('renormalize', top_k=8)"
+        )
+    if isinstance(tokens, bool) or not isinstance(tokens, (int, np.integer)):
+        raise TypeError(f"tokens is {described(tokens)}, expected an int: how many tokens, T")
     if tokens < 0:
         raise ValueError(f"tokens is {tokens}, expected 0 or more")
     call = Call(

@@ -1,4 +1,4 @@
-"""Settings every test shares: CPU by default, four host devices, strict promotion, seeds by name."""
+"""Settings every test shares: the CPU by default, four host devices, strict promotion, seeds."""
 
 import os
 import zlib

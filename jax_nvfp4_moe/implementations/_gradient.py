@@ -103,7 +103,7 @@ def _product(rows: Rows, weights: tuple[Array, Array]) -> Array:
 
 
 def _interleaved_product(g: Array, weights: tuple[Array, Array]) -> Array:
-    """g @ weights, its even and odd columns put back together."""
+    """The product `g @ weights`, its even and odd columns put back together."""
     low, high = (_dot(g, w.T) for w in weights)
     return jnp.stack([low, high], axis=-1).reshape(g.shape[0], -1)
 

@@ -52,16 +52,15 @@ def unsupported(problem: Problem) -> str | None:
 def describe(problem: Problem) -> str:
     """The formulation it would use, and the packed bytes it reads."""
     tokens, top_k, experts = problem.tokens, problem.top_k, problem.experts
-    gathers = _gathers(tokens, top_k, experts.num_experts)
-    hits = expected_hits(tokens, top_k, experts.num_experts)
+    sizes = tokens, top_k, experts.num_experts
+    in_floats = problem.call.numerics == "vllm" or experts.activation_scheme == "none"
+    on_cpu = "cpu" in problem.device_kind.lower()
+    gathers = _gathers(*sizes) and not (in_floats and on_cpu)
+    hits = expected_hits(*sizes)
     reads = tokens * top_k if gathers else hits
-    how = "gather" if gathers else f"grouped, tiles of {_rows(problem)} rows"
+    how = "gather" if gathers else f"grouped, tiles of {tile_rows(*sizes)} rows"
     megabytes = reads * experts.nbytes / experts.num_experts / 1e6
     return f"{how}; reads about {megabytes:.1f} MB of packed weights for {hits:.0f} experts"
-
-
-def _rows(problem: Problem) -> int:
-    return tile_rows(problem.tokens, problem.top_k, problem.experts.num_experts)
 
 
 def run(
