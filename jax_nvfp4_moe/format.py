@@ -236,7 +236,10 @@ def doubled_codes(codes: UInt8[Array, "*shape"]) -> Int8[Array, "*shape"]:
 
 def pack_codes(codes: UInt8[Array, "*rows K"]) -> UInt8[Array, "*rows K/2"]:
     """Packs codes 0..15 two to a byte, the even element in the low nibble."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    # A reduction, as XLA:CPU would compute what two strided slices share once for each.
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
+    nibbles = pairs << jnp.array([0, 4], jnp.uint8).reshape((1,) * (pairs.ndim - 1) + (2,))
+    return lax.reduce(nibbles, jnp.uint8(0), lax.bitwise_or, (pairs.ndim - 1,))
 
 
 def pack(values: Float[Array, "*rows K"]) -> UInt8[Array, "*rows K/2"]:
@@ -279,7 +282,8 @@ def unpack(data: UInt8[Array, "*rows K/2"]) -> Float[Array, "*rows K"]:
         raise TypeError(f"data is {described(data)}, expected uint8: two E2M1 codes a byte")
     if data.ndim == 0:
         raise ValueError("data is a scalar, expected [..., K/2]")
-    pairs = lax.bitcast_convert_type(data, jnp.float4_e2m1fn)
+    # Without the barrier, jaxlib 0.10.2 folds constants into wrong values (openxla/xla#38964).
+    pairs = lax.bitcast_convert_type(lax.optimization_barrier(data), jnp.float4_e2m1fn)
     return pairs.reshape(*data.shape[:-1], 2 * data.shape[-1])
 
 
@@ -307,9 +311,11 @@ def quantize_blocks(
         uint8 codes 0..15, not packed, and the block scales as float32.
     """
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
-    amax = jnp.max(jnp.abs(blocks), axis=-1)
+    # The sixth of the maximum, as the maximum of sixths: the same bits, and XLA cannot multiply the
+    # constant into a scalar gain first, which moves ties (jaxlib 0.10.2 does).
+    amax_sixth = jnp.max(jnp.abs(blocks) * jnp.float32(_ONE_SIXTH), axis=-1)
     gain = jnp.broadcast_to(encode_scale, x.shape[:-1])[..., None]
-    scale = round_to(gain * (amax * jnp.float32(_ONE_SIXTH)), jnp.float8_e4m3fn)
+    scale = round_to(gain * amax_sixth, jnp.float8_e4m3fn)
     step = jnp.where(scale == 0, 1.0, scale)
     inverse = jnp.minimum(exact_divide(jnp.broadcast_to(gain, step.shape), step), _FLOAT32_MAX)
     inverse = jnp.where(scale == 0, 0.0, inverse)

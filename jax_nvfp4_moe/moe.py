@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from jax_nvfp4_moe import selection
 from jax_nvfp4_moe.activations import Activation
@@ -154,10 +154,18 @@ def nvfp4_moe_routed(
         call,
         chosen,
         x,
-        topk_ids.astype(jnp.int32),
+        _as_int32(topk_ids),
         topk_weights.astype(jnp.float32),
         experts,
     )
+
+
+def _as_int32(topk_ids: Int[Array, "T K"]) -> Int32[Array, "T K"]:
+    limits = jnp.iinfo(jnp.int32)
+    if jnp.iinfo(topk_ids.dtype).max > limits.max:
+        # Wrapped around, an id out of range could come to lie in it.
+        topk_ids = jnp.clip(topk_ids, max(limits.min, jnp.iinfo(topk_ids.dtype).min), limits.max)
+    return topk_ids.astype(jnp.int32)
 
 
 # ------------------------------------------------------------------------------------- transforms
@@ -248,9 +256,9 @@ def _folding_vmap(run: Callable[..., Any]) -> Callable[..., Any]:
             results = lax.map(one, jnp.arange(axis_size, dtype=jnp.int32))
         else:
             folded = tuple(a.reshape(axis_size * a.shape[1], *a.shape[2:]) for a in tokens)
+            num_tokens = tokens[0].shape[1]
             results = jax.tree.map(
-                lambda a: a.reshape(axis_size, a.shape[0] // axis_size, *a.shape[1:]),
-                call(folded, experts),
+                lambda a: a.reshape(axis_size, num_tokens, *a.shape[1:]), call(folded, experts)
             )
         return results, jax.tree.map(lambda _: True, results)
 
@@ -292,6 +300,11 @@ def _check_tokens(x: Array, experts: ExpertWeights) -> None:
         elif x.shape == (hidden,):
             hint = ": for one token pass x[None]"
         raise ValueError(f"x has shape {x.shape}, expected [T, {hidden}]{hint}")
+    if not isinstance(x.shape[0], int):
+        raise ValueError(
+            f"x has shape {x.shape}, expected a T that is known while tracing, as it decides how "
+            "to compute: jax.export the call for each T, or for a few and pad to those"
+        )
     if x.shape[1] != hidden:
         hint = ""
         if x.shape[1] == experts.intermediate_size:

@@ -26,7 +26,7 @@ MAX, TINY = np.finfo(F32).max, np.finfo(F32).tiny
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], F32)
 E2M1_TIES = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], F32)
 
-FEW = settings(max_examples=60, deadline=None)
+FEW = settings(max_examples=40, deadline=None)
 in_each_mode = pytest.mark.parametrize("mode", ["eager", "jit", "jit, constant"])
 each_dtype = pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
 
@@ -70,7 +70,8 @@ def around(points):
 def finite_values(dtype):
     """All non-negative finite values of a narrow type, ascending."""
     bits = np.arange(2 ** (8 * dtype.itemsize - 1)).astype(f"u{dtype.itemsize}")
-    values = bits.view(dtype).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        values = bits.view(dtype).astype(np.float64)
     return values[np.isfinite(values)]
 
 
@@ -179,16 +180,15 @@ def test_division_is_correctly_rounded(mode, rng):
         assert_divides(a * (np.float32(1) / b), a, b)
 
 
-@pytest.mark.parametrize("mode", ["eager", "jit"])
-def test_division_by_every_block_scale(mode, rng):
+def test_division_by_every_block_scale(rng):
     scales = finite_values(E4M3)[1:].astype(F32)
     gains = np.abs(random_normal_floats(rng, 2048))
     a, b = (np.ascontiguousarray(v) for v in np.broadcast_arrays(gains[:, None], scales))
-    assert_divides(run(mode, nvfp4.exact_divide, a, b), a, b)
-    assert_divides(run(mode, nvfp4.exact_divide, -b, a), -b, a)
+    assert_divides(run("jit", nvfp4.exact_divide, a, b), a, b)
+    assert_divides(run("jit", nvfp4.exact_divide, -b, a), -b, a)
 
 
-@in_each_mode
+@pytest.mark.parametrize("mode", ["jit", "jit, constant"])
 def test_division_at_the_edges(mode):
     numbers = [TINY, np.nextafter(TINY, F32.type(1)), 1, 2688, np.nextafter(F32.type(2), 0), MAX]
     numbers = np.array([0, np.inf, np.nan, *numbers], F32)
@@ -235,17 +235,15 @@ def nearest_codes(x):
 
 def row_scales(global_scale, rows):
     """The global scale of each row, by index: axis i falls into as many groups as it has scales."""
-    groups = [
-        np.arange(n) * k // n for n, k in zip(rows, global_scale.shape, strict=False) if n
-    ]
+    groups = [np.arange(n) * k // n for n, k in zip(rows, global_scale.shape, strict=False)]
     picked = global_scale[np.ix_(*groups)] if groups else global_scale
-    return np.broadcast_to(picked.reshape(*picked.shape, *(1,) * (len(rows) - picked.ndim)), rows)
+    return np.broadcast_to(np.expand_dims(picked, tuple(range(picked.ndim, len(rows)))), rows)
 
 
 def reference_quantise(x, global_scale, sixth=lambda amax: amax * F32.type(1 / 6)):
     """Codes and block scales, all in float32 numpy: the formula of vLLM's Triton kernel."""
     x = x.astype(F32)
-    gain = F32.type(1) / row_scales(np.asarray(global_scale, F32), x.shape[:-1])
+    gain = 1 / row_scales(np.asarray(global_scale, F32), x.shape[:-1])
     blocks = x.reshape(*x.shape[:-1], -1, 16)
     wanted = gain[..., None] * sixth(np.abs(blocks).max(-1))
     scale = np.clip(wanted, 0, 448).astype(E4M3)
@@ -263,7 +261,7 @@ def reference_dequantise(data, scale, global_scale):
 
 
 def mixed_rows(rng, *shape):
-    """Rows to quantise: ordinary, tiny, large, full of ties, with zero blocks and negative zeros."""
+    """Rows to quantise: ordinary, tiny, large, full of ties, with zeros of both signs."""
     x = rng.normal(size=shape).reshape(-1, shape[-1])
     for row in range(len(x)):
         x[row] *= (1, 1e-4, 300, 1, 1e-3)[row % 5]
@@ -288,16 +286,17 @@ def assert_is_reference(q, x, global_scale):
     assert_same_bits(np.asarray(q.data), data)
 
 
-SHAPES = [(48,), (1, 16), (7, 16), (3, 5, 32), (2, 3, 4, 64)]
-
-
-@each_dtype
 @pytest.mark.parametrize(
-    ("shape", "per"),
+    ("shape", "per", "dtype"),
     [
-        *((shape, "tensor") for shape in SHAPES),
-        *((shape, "row") for shape in SHAPES),
-        *((shape, "expert") for shape in SHAPES[1:]),
+        ((48,), "tensor", F32),
+        ((7, 16), "tensor", F32),
+        ((2, 3, 64), "tensor", BF16),
+        ((2, 3, 64), "expert", F32),
+        ((2, 3, 64), "row", F16),
+        ((2, 2, 3, 32), "row", F32),
+        ((2, 2, 3, 32), "expert", BF16),
+        ((48,), "row", BF16),
     ],
     ids=str,
 )
@@ -309,17 +308,16 @@ def test_quantise_with_its_own_scale(shape, per, dtype, rng):
     assert_is_reference(nvm.quantize(jnp.asarray(x), per=per), x, global_scale)
 
 
-@each_dtype
 @pytest.mark.parametrize(
-    ("shape", "groups"),
+    ("shape", "groups", "dtype"),
     [
-        *((shape, ()) for shape in SHAPES),
-        ((3, 8, 32), (3,)),
-        ((3, 8, 32), (3, 2)),  # gate and up
-        ((3, 8, 32), (1, 4)),
-        ((3, 8, 32), (3, 8)),
-        ((2, 3, 4, 64), (2, 1, 2)),
-        ((2, 3, 4, 64), (2, 3, 4)),
+        ((48,), (), F32),
+        ((4, 6, 32), (), BF16),
+        ((4, 6, 32), (4,), F32),
+        ((4, 6, 32), (4, 2), F32),  # gate and up
+        ((4, 6, 32), (2, 3), F16),
+        ((4, 6, 32), (4, 6), F32),
+        ((2, 3, 4, 32), (2, 1, 2), BF16),
     ],
     ids=str,
 )
@@ -329,28 +327,33 @@ def test_quantise_at_given_scales(shape, groups, dtype, rng):
     assert_is_reference(nvm.quantize(jnp.asarray(x), global_scale), x, global_scale)
     if global_scale.size > 1:  # the groups matter, and in this order
         backwards = nvm.quantize(jnp.asarray(x), np.ascontiguousarray(np.flip(global_scale)))
-        with pytest.raises(AssertionError):
-            assert_same_bits(np.asarray(backwards.data), reference_quantise(x, global_scale)[0])
+        assert (np.asarray(backwards.data) != reference_quantise(x, global_scale)[0]).any()
 
 
 @in_each_mode
 def test_quantise_in_every_mode(mode, rng):
     x = mixed_rows(rng, 40, 64)
-    for global_scale in (np.float32(2**-8), np.float32(0.0031), np.float32(1 / 672)):
-        q = run(mode, nvm.quantize, x, global_scale)
-        assert_is_reference(q, x, global_scale)
-        got = run(mode, functools.partial(nvm.dequantize, dtype=jnp.float32), q)
-        np.testing.assert_array_equal(got, reference_dequantise(q.data, q.scale, global_scale))
-
-
-def test_the_reference_tells_a_sixth_from_a_division_by_six(rng):
-    x = mixed_rows(rng, 40, 64)
-    x[::3, ::16] = rng.integers(1, 449, x[::3, ::16].shape)  # many scales at or next to a tie
-    global_scale = np.float32(1 / 672)
-    q = nvm.quantize(jnp.asarray(x), global_scale)
+    global_scale = np.float32([2**-8, 0.0031, 1 / 672, 0.07])
+    q = run(mode, nvm.quantize, x, global_scale)
     assert_is_reference(q, x, global_scale)
-    _, other = reference_quantise(x, global_scale, lambda amax: amax / F32.type(6))
-    assert (np.asarray(q.scale) != other).any()
+    got = run(mode, functools.partial(nvm.dequantize, dtype=jnp.float32), q)
+    np.testing.assert_array_equal(got, reference_dequantise(q.data, q.scale, global_scale))
+
+
+@pytest.mark.parametrize("mode", ["jit", "jit, constant"])
+def test_block_scales_at_their_ties(mode):
+    # At this gain the order of the two products decides: XLA may not change it.
+    gain = F32.type(672)
+    values = finite_values(E4M3)[8:]
+    ties = ((values[1:] + values[:-1]) / 2 * 6 / gain).astype(F32)
+    x = np.zeros((6 * len(ties), 16), F32)
+    x[:, 3] = around(ties)
+    assert_is_reference(run(mode, nvm.quantize, x, 1 / gain), x, 1 / gain)
+    _, scale = reference_quantise(x, 1 / gain)
+    _, divided = reference_quantise(x, 1 / gain, lambda amax: amax / F32.type(6))
+    folded = (np.abs(x).max(-1, keepdims=True) * (gain * F32.type(1 / 6))).astype(E4M3)
+    assert (scale != divided).any()
+    assert (scale != folded).any()
 
 
 def test_quantise_takes_a_python_float_and_numpy():
@@ -483,11 +486,10 @@ def test_largest_and_smallest_inputs(dtype):
     for largest in (ml_dtypes.finfo(dtype).max, -ml_dtypes.finfo(dtype).max):
         x = np.zeros((2, 16), dtype)
         x[0, 3], x[1, 4] = largest, ml_dtypes.finfo(dtype).tiny
-        for per in ("tensor", "row"):
-            values = np.asarray(nvm.dequantize(nvm.quantize(x, per=per), jnp.float32))
-            assert np.isfinite(values).all()
-            np.testing.assert_allclose(values[0, 3], F32.type(largest), rtol=2**-22)
-            assert np.count_nonzero(values[0]) == 1
+        values = np.asarray(nvm.dequantize(nvm.quantize(x, per="row"), jnp.float32))
+        assert np.isfinite(values).all()
+        np.testing.assert_allclose(values[0, 3], F32.type(largest), rtol=2**-22)
+        assert np.count_nonzero(values[0]) == 1
 
 
 def test_subnormal_inputs_are_finite_and_no_larger():
@@ -499,20 +501,20 @@ def test_subnormal_inputs_are_finite_and_no_larger():
     assert (np.abs(values) <= TINY).all()
 
 
-@pytest.mark.parametrize("mode", ["eager", "jit"])
-def test_nan_marks_its_block(mode, rng):
+def test_nan_marks_its_block(rng):
     x = mixed_rows(rng, 6, 64)
-    want = run(mode, nvm.quantize, np.where(np.arange(6 * 64).reshape(x.shape) == 150, 1, x), 0.01)
-    x[2, 22] = np.nan  # element 150, in block 1 of row 2
-    got = run(mode, nvm.quantize, x, 0.01)
+    x[2, 22] = 1  # in block 1
+    want = jax.tree.map(np.asarray, nvm.quantize(x, 0.01))
+    x[2, 22] = np.nan
+    got = jax.tree.map(np.asarray, nvm.quantize(x, 0.01))
     marked = np.zeros((6, 4), bool)
     marked[2, 1] = True
     np.testing.assert_array_equal(np.isnan(got.scale.astype(F32)), marked)
     np.testing.assert_array_equal(got.scale[~marked], want.scale[~marked])
     blocks = np.repeat(marked, 8, axis=1)
     np.testing.assert_array_equal(got.data[~blocks], want.data[~blocks])
-    values = run(mode, nvm.dequantize, got)
-    np.testing.assert_array_equal(np.isnan(values.astype(F32)), np.repeat(marked, 16, axis=1))
+    values = np.asarray(nvm.dequantize(got, jnp.float32))
+    np.testing.assert_array_equal(np.isnan(values), np.repeat(marked, 16, axis=1))
 
 
 def test_nan_spreads_to_the_scale_computed_from_it(rng):
@@ -540,9 +542,18 @@ def test_infinities_saturate_at_a_given_scale():
 # ------------------------------------------------------------------------------------- dequantise
 
 
-@pytest.mark.parametrize("mode", ["eager", "jit"])
-@each_dtype
-@pytest.mark.parametrize("groups", [(), (4,), (4, 2), (4, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("groups", "dtype", "mode"),
+    [
+        ((), F32, "eager"),
+        ((), BF16, "jit"),
+        ((4,), F16, "jit"),
+        ((4, 2), BF16, "jit"),
+        ((4, 64), F32, "jit"),
+        ((), F32, "jit, constant"),
+    ],
+    ids=str,
+)
 def test_dequantise_looks_codes_up(groups, dtype, mode, rng):
     data = rng.integers(0, 256, (4, 64, 32)).astype(np.uint8)
     scale = np.arange(4 * 64 * 4).reshape(4, 64, 4).astype(np.uint8).view(E4M3)  # all, NaN too
@@ -553,8 +564,10 @@ def test_dequantise_looks_codes_up(groups, dtype, mode, rng):
     q = nvm.Nvfp4Array(*map(jnp.asarray, (data, scale, global_scale)))
     got = run(mode, functools.partial(nvm.dequantize, dtype=dtype), q)
     assert got.dtype == dtype
+    with np.errstate(invalid="ignore"):
+        got, want = got.astype(F32), want.astype(F32)
     np.testing.assert_array_equal(got, want)  # -0 == 0
-    assert np.isnan(want.astype(F32)).sum() == 8 * 16 * 1
+    assert np.isnan(want).sum() == 8 * 16
 
 
 def test_dequantise_is_bfloat16_by_default():
@@ -611,12 +624,10 @@ def opcodes(f, argument):
 
 
 def test_packing_costs_nothing():
-    free = {"parameter", "bitcast", "bitcast-convert", "copy"}
+    free = {"parameter", "bitcast", "copy"}
     data = jax.ShapeDtypeStruct((8, 32), jnp.uint8)
     assert "parameter" in opcodes(lambda d: nvm.pack(nvm.unpack(d)), data)
     assert opcodes(lambda d: nvm.pack(nvm.unpack(d)), data) <= free
-    values = jax.ShapeDtypeStruct((8, 64), jnp.float4_e2m1fn)
-    assert opcodes(lambda v: nvm.unpack(nvm.pack(v)), values) <= free
     # Arithmetic would be seen.
     assert not opcodes(lambda d: (d << 4) | (d >> 4), data) <= free
 
@@ -646,7 +657,7 @@ REFUSED = {
     "per channel": (
         lambda: nvm.quantize(X, per="channel"),
         ValueError,
-        "per is 'channel', expected 'tensor', 'expert' or 'row'",
+        "per is 'channel', expected .*'tensor', 'expert'",
     ),
     "a vector per expert": (
         lambda: nvm.quantize(jnp.ones(16), per="expert"),
@@ -678,7 +689,7 @@ REFUSED = {
     "pack bfloat16": (
         lambda: nvm.pack(jnp.ones(16, jnp.bfloat16)),
         TypeError,
-        "values has dtype bfloat16, expected float4_e2m1fn; quantize",
+        "values .*bfloat16, expected float4_e2m1fn; quantize",
     ),
     "pack an odd axis": (
         lambda: nvm.pack(jnp.zeros((2, 3), jnp.float4_e2m1fn)),
@@ -693,7 +704,7 @@ REFUSED = {
     "unpack int8": (
         lambda: nvm.unpack(jnp.zeros(4, jnp.int8)),
         TypeError,
-        "data has dtype int8, expected uint8: two E2M1 codes a byte",
+        "data .*int8, expected uint8: two E2M1 codes a byte",
     ),
     "unpack a scalar": (
         lambda: nvm.unpack(jnp.uint8(0)),
@@ -719,29 +730,41 @@ def test_same_bits_with_64_bit_types(rng):
     x = mixed_rows(rng, 6, 64)
     a, b = random_normal_floats(rng, 4096), random_normal_floats(rng, 4096)
 
+    @jax.jit
+    def roundings(a, b):
+        rounded = [nvfp4.round_to(a, dtype) for dtype in (BF16, F16, E4M3)]
+        return [*rounded, nvfp4.e2m1_codes(a), nvfp4.exact_divide(a, b)]
+
     def everything():
-        results = [nvm.quantize(x), nvm.quantize(x, 0.01), nvm.quantize(x.astype(BF16), per="row")]
-        results += [nvm.dequantize(q, dtype) for q in results for dtype in (BF16, F16, F32)]
-        results += [nvfp4.round_to(jnp.asarray(a), dtype) for dtype in (BF16, F16, E4M3)]
-        results += [nvfp4.e2m1_codes(jnp.asarray(x)), nvfp4.exact_divide(a, b)]
+        results = [nvm.quantize(x)]
+        results += [nvm.dequantize(results[0], dtype) for dtype in (BF16, F32)]
+        results += roundings(a, b)
         results += [nvm.pack(nvm.unpack(results[0].data))]
         return jax.tree.map(np.asarray, results)
 
     narrow = everything()
     with jax.enable_x64(True):
         assert jnp.zeros(1).dtype == jnp.float64
-        wide, compiled = everything(), jax.tree.map(np.asarray, jax.jit(everything)())
+        wide = everything()
         with pytest.raises(TypeError, match="x has dtype float64"):
             nvm.quantize(x.astype(np.float64))
     assert same_arrays(wide, narrow)
-    assert same_arrays(compiled, narrow)
 
 
 # ------------------------------------------------------------------------------------- pytree
 
 
+def random_array(rng, experts, rows, columns):
+    scale = rng.integers(1, 0x7F, (experts, rows, columns // 16)).astype(np.uint8)
+    return nvm.Nvfp4Array(
+        jnp.asarray(rng.integers(0, 256, (experts, rows, columns // 2)).astype(np.uint8)),
+        jnp.asarray(scale.view(E4M3)),
+        jnp.asarray(scales(rng, experts)),
+    )
+
+
 def test_array_is_a_pytree(rng):
-    q = nvm.quantize(mixed_rows(rng, 3, 4, 32), per="expert")
+    q = random_array(rng, 4, 4, 32)
     leaves, treedef = jax.tree.flatten(q)
     assert [leaf.dtype for leaf in leaves] == [jnp.uint8, jnp.float8_e4m3fn, jnp.float32]
     assert same_arrays(jax.tree.unflatten(treedef, leaves), q)
@@ -754,7 +777,7 @@ def test_array_is_a_pytree(rng):
 
 
 def test_array_goes_through_jit_and_scan(rng):
-    q = nvm.quantize(mixed_rows(rng, 3, 4, 32), per="expert")
+    q = random_array(rng, 4, 4, 32)
     want = np.asarray(nvm.dequantize(q))
     np.testing.assert_array_equal(jax.jit(nvm.dequantize)(q), want)
     _, each = jax.lax.scan(lambda carry, one: (carry, nvm.dequantize(one)), None, q)
@@ -764,7 +787,7 @@ def test_array_goes_through_jit_and_scan(rng):
 
 
 def test_array_moves_between_devices(rng):
-    q = nvm.quantize(mixed_rows(rng, 4, 2, 32), per="expert")
+    q = random_array(rng, 4, 4, 32)
     moved = jax.device_put(q, jax.devices()[1])
     assert all(leaf.devices() == {jax.devices()[1]} for leaf in jax.tree.leaves(moved))
     assert same_arrays(moved, q)
@@ -775,8 +798,8 @@ def test_array_moves_between_devices(rng):
     np.testing.assert_array_equal(nvm.dequantize(split), nvm.dequantize(q))
 
 
-def test_sizes():
-    q = nvm.quantize(jnp.ones((3, 4, 64)), per="expert")
+def test_sizes(rng):
+    q = random_array(rng, 3, 4, 64)
     assert q.shape == (3, 4, 64)
     assert q.nbytes == 3 * 4 * (32 + 4) + 3 * 4
     shapes = jax.eval_shape(functools.partial(nvm.quantize, per="row"), jnp.ones((5, 32)))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe.activations import activate
 from jax_nvfp4_moe.experts import ExpertWeights, select
-from jax_nvfp4_moe.format import expand_global_scale
+from jax_nvfp4_moe.format import expand_global_scale, round_to
 from jax_nvfp4_moe.implementations._contractions import Rows, WeightValues, dot
 from jax_nvfp4_moe.implementations._grouping import group, tile_rows
 from jax_nvfp4_moe.implementations._recipes import Recipe
@@ -40,7 +40,9 @@ def backward(
     recipe = Recipe(call, experts.activation_scheme, x.dtype)
     values, g = x.astype(jnp.float32), cotangent.astype(jnp.float32)
     on_input = call.router_weight_on_input
-    scaled = values * topk_weights if on_input else values
+    # Rounded as in the forward pass, whose quantised activations these are.
+    factor = round_to(topk_weights, x.dtype)
+    scaled = round_to(values * factor, x.dtype) if on_input else values
     ids = local_ids(call, topk_ids, experts)
     rows_in = recipe.input_rows(scaled, experts)
     hidden_scale = recipe.hidden_scale(experts)
@@ -83,7 +85,7 @@ def backward(
     if call.axis_name is not None:
         dx, dw = lax.psum((dx, dw), call.axis_name)
     if on_input:
-        dx, dw = dx * topk_weights, jnp.sum(dx * values, axis=-1, keepdims=True)
+        dx, dw = dx * factor, jnp.sum(dx * values, axis=-1, keepdims=True)
     return dx.astype(x.dtype), dw
 
 
