@@ -2,9 +2,8 @@
 
 from jax_nvfp4_moe import parallel as parallel
 from jax_nvfp4_moe.activations import Activation as Activation
+from jax_nvfp4_moe.arrangement import prepare as prepare
 from jax_nvfp4_moe.experts import ExpertWeights as ExpertWeights
-from jax_nvfp4_moe.experts import prepare as prepare
-from jax_nvfp4_moe.experts import quantize_experts as quantize_experts
 from jax_nvfp4_moe.experts import validate as validate
 from jax_nvfp4_moe.format import Nvfp4Array as Nvfp4Array
 from jax_nvfp4_moe.format import dequantize as dequantize
@@ -13,6 +12,7 @@ from jax_nvfp4_moe.format import quantize as quantize
 from jax_nvfp4_moe.format import unpack as unpack
 from jax_nvfp4_moe.moe import nvfp4_moe as nvfp4_moe
 from jax_nvfp4_moe.moe import nvfp4_moe_routed as nvfp4_moe_routed
+from jax_nvfp4_moe.quantization import quantize_experts as quantize_experts
 from jax_nvfp4_moe.routing import Routing as Routing
 from jax_nvfp4_moe.routing import route as route
 from jax_nvfp4_moe.selection import explain as explain

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
-from jax_nvfp4_moe.format import described
+from jax_nvfp4_moe._messages import described
 
 # The parameters each activation has, with their defaults. `swiglu_oai` is gpt-oss's:
 # modeling_gpt_oss.py of Hugging Face transformers.

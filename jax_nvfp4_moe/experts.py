@@ -1,42 +1,26 @@
-"""The experts of one MoE layer in NVFP4: build them, bring them into a kernel's layout, check them.
+"""The experts of one MoE layer in NVFP4: the type, and what makes one valid.
 
 Dimensions, here and everywhere: E experts, H hidden size, I intermediate size, T tokens, K top-k
 (or, of a matrix, its contraction length), G = 2 for gated experts and 1 for others.
+`quantization` builds experts, `arrangement` brings them into a kernel's layout.
 """
 
 import dataclasses
 import functools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Float32, Int
+from jax.core import Tracer
+from jaxtyping import Array, Float32
 
 from jax_nvfp4_moe import layouts
-from jax_nvfp4_moe.format import (
-    BLOCK_SIZE,
-    INPUT_DTYPES,
-    Nvfp4Array,
-    as_array,
-    check_global_scale,
-    check_name,
-    described,
-    quantize,
-)
+from jax_nvfp4_moe._messages import check_name, described
+from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array, check_global_scale
 from jax_nvfp4_moe.layouts import Layout
 
 ActivationScheme = Literal["static", "per_token", "none"]
-
-# The layout in which each implementation reads its weights.
-_LAYOUT_OF: dict[str, Layout] = {
-    "emulation": "linear",
-    "cpu": "linear",
-    "triton": "linear",
-    "trtllm": "trtllm",
-    "cute_dsl": "cute_dsl",
-}
 
 
 @functools.partial(
@@ -93,296 +77,6 @@ class ExpertWeights:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-# ------------------------------------------------------------------------------------- build
-
-
-def quantize_experts(
-    gate: Float[ArrayLike, "E I H"] | None,
-    up: Float[ArrayLike, "E I H"],
-    down: Float[ArrayLike, "E H I"],
-    input_scale: Float32[ArrayLike, "..."] | float | None = None,
-    hidden_scale: Float32[ArrayLike, "..."] | float | None = None,
-    *,
-    activation_scheme: ActivationScheme | None = None,
-    gate_bias: Float[ArrayLike, "E I"] | None = None,
-    up_bias: Float[ArrayLike, "E I"] | None = None,
-    down_bias: Float[ArrayLike, "E H"] | None = None,
-) -> ExpertWeights:
-    """Quantises a layer's experts to NVFP4, each matrix with a global scale of its own.
-
-    Args:
-        gate: [E, I, H] in bfloat16, float16 or float32 (rows are outputs, as in checkpoints);
-            None for experts that are not gated.
-        up: [E, I, H].
-        down: [E, H, I].
-        input_scale: decode scale (amax / 2688) of the layer's input, [] or [E, G].
-        hidden_scale: decode scale of the activation's output, [] or [E].
-        activation_scheme: None means "static" where the two scales are given and "per_token",
-            which needs no calibration, where they are not.
-        gate_bias: [E, I], or None. Gate and up have biases together.
-        up_bias: [E, I], or None.
-        down_bias: [E, H], or None.
-
-    Returns:
-        The experts, in the "linear" layout.
-
-    Raises:
-        TypeError: a dtype is not supported.
-        ValueError: a shape, a scale or a weight (NaN, infinite) is not as described.
-    """
-    up, down = as_array("up", up), as_array("down", down)
-    if up.ndim != 3:
-        raise ValueError(f"up has shape {up.shape}, expected [E, I, H]")
-    num_experts, intermediate_size, hidden_size = up.shape
-    if num_experts == 0:
-        raise ValueError(f"up has shape {up.shape} with E = 0, expected at least 1 expert")
-    for name, size in (("I", intermediate_size), ("H", hidden_size)):
-        if size == 0 or size % BLOCK_SIZE:
-            near = layouts.round_up(max(size, 1), BLOCK_SIZE)
-            raise ValueError(
-                f"up has shape {up.shape} with {name} = {size}, expected a positive multiple of "
-                f"{BLOCK_SIZE}: pad it to {near} with zeros"
-            )
-    matrices = {"up": up, "down": down}
-    _check_down(down, up, gated=gate is not None)
-    if gate is not None:
-        gate = as_array("gate", gate)
-        _check_gate(gate, up, down)
-        matrices["gate"] = gate
-    for name, matrix in matrices.items():
-        if matrix.dtype not in INPUT_DTYPES:
-            raise TypeError(
-                f"{name} has dtype {matrix.dtype}, expected bfloat16, float16 or float32: "
-                "dequantise it to one of these first"
-            )
-        _check_finite(name, matrix)
-    if gate is not None and (gate_bias is None) != (up_bias is None):
-        missing = "gate_bias" if gate_bias is None else "up_bias"
-        raise ValueError(f"{missing} is None, expected gate_bias and up_bias together or neither")
-    if gate is None and gate_bias is not None:
-        raise ValueError("gate_bias was given, but gate is None: these experts are not gated")
-
-    halves = [up] if gate is None else [gate, up]
-    quantised = [_quantize_each(half) for half in halves]
-    w13 = Nvfp4Array(
-        data=jnp.concatenate([q.data for q in quantised], axis=1),
-        scale=jnp.concatenate([q.scale for q in quantised], axis=1),
-        global_scale=jnp.stack([q.global_scale for q in quantised], axis=1),
-    )
-    biases = {"gate_bias": gate_bias, "up_bias": up_bias}
-    if activation_scheme is None:
-        calibrated = input_scale is not None or hidden_scale is not None
-        activation_scheme = "static" if calibrated else "per_token"
-    experts = ExpertWeights(
-        w13=w13,
-        w2=_quantize_each(down),
-        input_scale=_optional("input_scale", input_scale),
-        hidden_scale=_optional("hidden_scale", hidden_scale),
-        w13_bias=_concatenate_biases(biases, up.shape[:2]),
-        w2_bias=_concatenate_biases({"down_bias": down_bias}, down.shape[:2]),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        activation_scheme=activation_scheme,
-        layout="linear",
-    )
-    check_experts(experts)
-    for name in ("input_scale", "hidden_scale"):
-        scale = getattr(experts, name)
-        if scale is not None and not isinstance(scale, jax.core.Tracer):
-            _raise_for(_positive_problems(name, np.asarray(scale)))
-    return experts
-
-
-@jax.jit
-def _quantize_each(weights: Array) -> Nvfp4Array:
-    # One expert at a time: the float32 copies that quantising makes are those of one expert.
-    return lax.map(quantize, weights)
-
-
-def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-2], *reversed(shape[-2:]))
-
-
-def _check_down(down: Array, up: Array, *, gated: bool) -> None:
-    wanted = _swapped(up.shape)
-    if down.shape == wanted:
-        return
-    hint = ""
-    if down.shape == up.shape:
-        hint = ": rows are outputs, pass jnp.swapaxes(down, 1, 2)"
-    elif not gated and down.shape == (*wanted[:2], wanted[2] // 2):
-        hint = ": if up holds gate rows too, pass gate, up = jnp.split(up, 2, axis=1)"
-    raise ValueError(
-        f"down has shape {down.shape}, expected [E, H, I] = {wanted}, as up is {up.shape}{hint}"
-    )
-
-
-def _check_gate(gate: Array, up: Array, down: Array) -> None:
-    if gate.shape == up.shape:
-        return
-    hint = ""
-    if gate.shape == down.shape:
-        hint = ": it has the shape of down, are up and down swapped, or gate transposed?"
-    raise ValueError(f"gate has shape {gate.shape}, expected that of up, {up.shape}{hint}")
-
-
-def _check_finite(name: str, matrix: Array) -> None:
-    if isinstance(matrix, jax.core.Tracer):
-        return
-    if not jnp.isfinite(matrix).all():
-        values = np.asarray(matrix, np.float32)
-        (problem,) = _problems(name, values, ~np.isfinite(values), "NaN or infinite")
-        raise ValueError(f"{problem}; expected finite weights")
-
-
-def _optional(name: str, value: ArrayLike | None) -> Array | None:
-    return None if value is None else as_array(name, value, jnp.float32)
-
-
-def _concatenate_biases(biases: dict[str, ArrayLike | None], each: tuple[int, ...]) -> Array | None:
-    arrays = {name: _optional(name, bias) for name, bias in biases.items() if bias is not None}
-    for name, bias in arrays.items():
-        if bias.shape != each:
-            raise ValueError(
-                f"{name} has shape {bias.shape}, expected {each}: one value for each row"
-            )
-    return jnp.concatenate(list(arrays.values()), axis=1) if arrays else None
-
-
-# ------------------------------------------------------------------------------------- layouts
-
-
-def prepare(experts: ExpertWeights, implementation: str) -> ExpertWeights:
-    """Brings experts into the layout that an implementation reads; an exact bijection.
-
-    Padding (zero codes and zero scales), row order and scale swizzle, as `layouts` describes them.
-    Prepared experts still run everywhere: other implementations undo the layout as they read.
-
-    Args:
-        experts: in any layout.
-        implementation: "trtllm", "cute_dsl", or one that reads the linear layout: "emulation",
-            "cpu", "triton".
-
-    Returns:
-        The same experts in that layout; `experts` itself if it already is.
-
-    Raises:
-        ValueError: the name is not one of these.
-    """
-    check_experts(experts)
-    check_name("implementation", implementation, _LAYOUT_OF)
-    layout = _LAYOUT_OF[implementation]
-    if layout == experts.layout:
-        return experts
-    return _from_linear(_to_linear(experts), layout)
-
-
-@functools.partial(jax.jit, static_argnames="layout")
-def _from_linear(experts: ExpertWeights, layout: Layout) -> ExpertWeights:
-    if layout == "linear":
-        return experts
-    gated = experts.gated
-    hidden, intermediate = layouts.padded_sizes(
-        layout,
-        experts.hidden_size,
-        experts.intermediate_size,
-        gated=gated,
-        per_token=experts.activation_scheme == "per_token",
-    )
-    order13 = layouts.w13_row_order(layout, intermediate, gated=gated)
-    order2 = layouts.w2_row_order(layout, hidden)
-
-    def w13(array: Array, per_column: int) -> Array:
-        padded = layouts.pad_w13(array, gated=gated, rows=intermediate, cols=hidden // per_column)
-        return padded[..., order13, :]
-
-    def w2(array: Array, per_column: int) -> Array:
-        padded = layouts.pad_w2(array, rows=hidden, cols=intermediate // per_column)
-        return padded[..., order2, :]
-
-    return dataclasses.replace(
-        experts,
-        w13=_arranged(experts.w13, w13, layouts.swizzle_scales),
-        w2=_arranged(experts.w2, w2, layouts.swizzle_scales),
-        layout=layout,
-    )
-
-
-@jax.jit
-def _to_linear(experts: ExpertWeights) -> ExpertWeights:
-    if experts.layout == "linear":
-        return experts
-    gated, layout = experts.gated, experts.layout
-    hidden, intermediate = experts.w2.shape[-2], experts.w2.shape[-1]
-    back13 = layouts.inverse_order(layouts.w13_row_order(layout, intermediate, gated=gated))
-    back2 = layouts.inverse_order(layouts.w2_row_order(layout, hidden))
-
-    def w13(array: Array, per_column: int) -> Array:
-        cols = experts.hidden_size // per_column
-        rows = experts.intermediate_size
-        return layouts.trim_w13(array[..., back13, :], gated=gated, rows=rows, cols=cols)
-
-    def w2(array: Array, per_column: int) -> Array:
-        cols = experts.intermediate_size // per_column
-        return layouts.trim_w2(array[..., back2, :], rows=experts.hidden_size, cols=cols)
-
-    def unswizzle(scale: Array) -> Array:
-        return layouts.unswizzle_scales(scale, rows=scale.shape[-2], cols=scale.shape[-1])
-
-    # The swizzle is undone first: rows are reordered and trimmed in the plain arrangement.
-    plain13 = dataclasses.replace(experts.w13, scale=unswizzle(experts.w13.scale))
-    plain2 = dataclasses.replace(experts.w2, scale=unswizzle(experts.w2.scale))
-    return dataclasses.replace(
-        experts,
-        w13=_arranged(plain13, w13, lambda scale: scale),
-        w2=_arranged(plain2, w2, lambda scale: scale),
-        layout="linear",
-    )
-
-
-def _arranged(weights: Nvfp4Array, arrange, finish) -> Nvfp4Array:  # noqa: ANN001
-    """Applies one arrangement to codes (2 a byte) and scales (16 elements each)."""
-    return dataclasses.replace(
-        weights,
-        data=arrange(weights.data, 2),
-        scale=finish(arrange(weights.scale, BLOCK_SIZE)),
-    )
-
-
-def select(experts: ExpertWeights, ids: Int[Array, "*ids"]) -> ExpertWeights:
-    """The experts at `ids`, in the linear layout: what an emulation reads of prepared weights.
-
-    Args:
-        experts: in any layout, [E, ...].
-        ids: which, each in 0..E-1 (not checked).
-
-    Returns:
-        Experts whose arrays begin with the axes of `ids` in place of E. Scalar activation scales
-        and those of all experts stay as they are: they belong to the layer.
-    """
-
-    def take(array: Array | None) -> Array | None:
-        if array is None:
-            return None
-        if array.dtype == jnp.float8_e4m3fn:
-            # As bytes: XLA:CPU widens float8 operands of a slice, here those of every expert. And
-            # in a loop it would make the bytes of every expert once, before it.
-            array, _ = lax.optimization_barrier((array, ids))
-            taken = take(lax.bitcast_convert_type(array, jnp.uint8))
-            return lax.bitcast_convert_type(taken, jnp.float8_e4m3fn)
-        return array.at[ids].get(mode="promise_in_bounds")
-
-    return _to_linear(
-        dataclasses.replace(
-            experts,
-            w13=jax.tree.map(take, experts.w13),
-            w2=jax.tree.map(take, experts.w2),
-            w13_bias=take(experts.w13_bias),
-            w2_bias=take(experts.w2_bias),
-        )
-    )
-
-
 # ------------------------------------------------------------------------------------- checks
 
 
@@ -430,16 +124,18 @@ def check_experts(experts: ExpertWeights) -> None:
         bias = getattr(experts, name)
         if bias is None:
             continue
-        _check_is_array(f"experts.{name}", bias)
+        _check_array(f"experts.{name}", bias)
         if bias.shape != (num_experts, width):
             raise ValueError(
                 f"experts.{name} has shape {bias.shape}, expected {(num_experts, width)}"
             )
 
 
-def _check_is_array(name: str, value: object, dtype: str = "float32") -> None:
+def _check_array(name: str, value: Any, dtype: Any = jnp.float32) -> None:
     if not hasattr(value, "dtype"):
-        raise TypeError(f"{name} is {described(value)}, expected a {dtype} array")
+        raise TypeError(f"{name} is {described(value)}, expected a {np.dtype(dtype)} array")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {np.dtype(dtype)}")
 
 
 def _check_dtypes(name: str, weights: Nvfp4Array) -> None:
@@ -450,10 +146,7 @@ def _check_dtypes(name: str, weights: Nvfp4Array) -> None:
         )
     wanted = {"data": jnp.uint8, "scale": jnp.float8_e4m3fn, "global_scale": jnp.float32}
     for field, dtype in wanted.items():
-        array = getattr(weights, field)
-        _check_is_array(f"{name}.{field}", array, np.dtype(dtype).name)
-        if array.dtype != dtype:
-            raise TypeError(f"{name}.{field} has dtype {array.dtype}, expected {np.dtype(dtype)}")
+        _check_array(f"{name}.{field}", getattr(weights, field), dtype)
     if weights.data.ndim != 3:
         raise ValueError(
             f"{name}.data has shape {weights.data.shape}, expected 3 axes, experts first; "
@@ -489,7 +182,7 @@ def _check_activation_scale(
         )
     if scale is None:
         return
-    _check_is_array(f"experts.{name}", scale)
+    _check_array(f"experts.{name}", scale)
     if scale.shape not in ((), per_expert):
         raise ValueError(f"experts.{name} has shape {scale.shape}, expected () or {per_expert}")
 
@@ -508,7 +201,7 @@ def validate(experts: ExpertWeights) -> None:
     """
     check_experts(experts)
     leaves = jax.tree.leaves(experts)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
         raise TypeError("experts is being traced, expected concrete arrays: validate outside jit")
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         raise TypeError("experts has ShapeDtypeStructs for arrays, expected concrete arrays")
@@ -517,27 +210,29 @@ def validate(experts: ExpertWeights) -> None:
         weights = getattr(experts, name)
         scale = np.asarray(weights.scale)
         bits = scale.view(np.uint8)
-        problems += _problems(f"{name}.scale", scale, (bits & 0x7F) == 0x7F, "NaN")
+        problems += problems_of(f"{name}.scale", scale, (bits & 0x7F) == 0x7F, "NaN")
         negative = (bits > 0x80) & (bits != 0xFF)
-        problems += _problems(f"{name}.scale", scale, negative, "negative")
-        problems += _positive_problems(f"{name}.global_scale", np.asarray(weights.global_scale))
+        problems += problems_of(f"{name}.scale", scale, negative, "negative")
+        problems += positive_problems(f"{name}.global_scale", np.asarray(weights.global_scale))
     for name in ("input_scale", "hidden_scale"):
         if (scale := getattr(experts, name)) is not None:
-            problems += _positive_problems(name, np.asarray(scale))
+            problems += positive_problems(name, np.asarray(scale))
     for name in ("w13_bias", "w2_bias"):
         if (bias := getattr(experts, name)) is not None:
             values = np.asarray(bias)
-            problems += _problems(name, values, ~np.isfinite(values), "NaN or infinite")
-    _raise_for(problems)
+            problems += problems_of(name, values, ~np.isfinite(values), "NaN or infinite")
+    raise_for(problems)
 
 
-def _positive_problems(name: str, scale: np.ndarray) -> list[str]:
+def positive_problems(name: str, scale: np.ndarray) -> list[str]:
+    """What `problems_of` says of values that are no decode scales."""
     tiny = np.finfo(np.float32).tiny
     bad = ~(np.isfinite(scale) & (scale >= tiny))
-    return _problems(name, scale, bad, "not finite and positive (>= 1.18e-38)")
+    return problems_of(name, scale, bad, "not finite and positive (>= 1.18e-38)")
 
 
-def _problems(name: str, values: np.ndarray, bad: np.ndarray, what: str) -> list[str]:
+def problems_of(name: str, values: np.ndarray, bad: np.ndarray, what: str) -> list[str]:
+    """One line that counts the bad values and shows the first; none where there are none."""
     if not bad.any():
         return []
     first = np.unravel_index(np.argmax(bad), bad.shape)
@@ -546,6 +241,7 @@ def _problems(name: str, values: np.ndarray, bad: np.ndarray, what: str) -> list
     return [f"{name}: {number}, the first at {name}{where} = {values[first]}"]
 
 
-def _raise_for(problems: list[str]) -> None:
+def raise_for(problems: list[str]) -> None:
+    """Raises ValueError with all problems, if there are any."""
     if problems:
         raise ValueError("experts are not valid: " + "; ".join(problems))

@@ -10,24 +10,23 @@ on a CPU sees nothing wrong. What is written here survives both compilers and gi
 """
 
 import dataclasses
-import difflib
 import functools
 import math
-from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int8, UInt8
+
+from jax_nvfp4_moe._messages import INPUT_DTYPES, as_array, check_dtype, check_name, described
 
 BLOCK_SIZE = 16
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 # The largest magnitude that a block at full scale reaches, before the global scale.
 RANGE_MAX = E2M1_MAX * E4M3_MAX
-
-INPUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 Per = Literal["tensor", "expert", "row"]
 
@@ -69,53 +68,6 @@ class Nvfp4Array:
     def nbytes(self) -> int:
         """Bytes of all three arrays: 0.5625 an element, and the global scales."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-
-# ------------------------------------------------------------------------------------- messages
-
-
-def described(value: object) -> str:
-    """What an argument was, for an error message; never an array's values."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"an array of shape {value.shape} and dtype {value.dtype}"
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return repr(value)
-    if callable(value) and hasattr(value, "__name__"):
-        return f"the function {value.__name__}"
-    kind = type(value).__name__
-    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
-
-
-def as_array(name: str, value: Any, dtype: Any = None) -> Array:
-    """`value` as a JAX array; TypeError naming the argument if it cannot be one."""
-    try:
-        return jnp.asarray(value, dtype)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} is {described(value)}, expected an array") from None
-
-
-def check_name(name: str, value: object, names: Iterable[str], otherwise: str = "") -> None:
-    """Raises ValueError unless `value` is one of `names`, with the nearest of them."""
-    names = tuple(names)
-    if isinstance(value, str) and value in names:
-        return
-    near = difflib.get_close_matches(value.lower(), names, n=1) if isinstance(value, str) else []
-    raise ValueError(
-        f"{name} is {described(value)}, expected {otherwise}one of {', '.join(map(repr, names))}"
-        + (f": did you mean {near[0]!r}?" if near else "")
-    )
-
-
-def check_dtype(name: str, dtype: Any, otherwise: str = "") -> Any:
-    """The dtype that `dtype` means; TypeError unless results can have it."""
-    expected = f"expected bfloat16, float16 or float32{otherwise}"
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        raise TypeError(f"{name} is {described(dtype)}, {expected}") from None
-    if found not in INPUT_DTYPES:
-        raise TypeError(f"{name} is {found}, {expected}")
-    return found
 
 
 # ------------------------------------------------------------------------------------- rounding
@@ -399,6 +351,14 @@ def quantize(
             )
         global_scale = as_array("global_scale", global_scale, jnp.float32)
         check_global_scale("global_scale", global_scale, x.shape)
+        if (
+            not isinstance(global_scale, Tracer)
+            and not ((global_scale >= _FLOAT32_TINY) & (global_scale <= _FLOAT32_MAX)).all()
+        ):
+            raise ValueError(
+                "global_scale holds values that are not finite and positive, expected decode "
+                "scales: the largest magnitude / 2688, or None to have it computed"
+            )
     return _quantize(x, global_scale, leading[per])
 
 

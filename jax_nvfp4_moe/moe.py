@@ -7,7 +7,7 @@ settled here, once for all implementations.
 
 import functools
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,16 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, Int32
 
 from jax_nvfp4_moe import selection
+from jax_nvfp4_moe._call_checks import (
+    check_logits,
+    check_options,
+    check_output_dtype,
+    check_routed,
+    check_tokens,
+)
+from jax_nvfp4_moe._messages import as_array, described
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
-from jax_nvfp4_moe.format import (
-    INPUT_DTYPES,
-    as_array,
-    check_dtype,
-    check_name,
-    described,
-)
 from jax_nvfp4_moe.implementations import _gradient
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
 from jax_nvfp4_moe.routing import Routing, route
@@ -73,7 +74,7 @@ def nvfp4_moe(
             "Routing('renormalize', top_k=8)"
         )
     check_experts(experts)
-    _check_logits(x, logits, experts, axis_name)
+    check_logits(x, logits, experts, axis_name)
     topk_ids, topk_weights = route(logits, routing, bias=bias)
     return nvfp4_moe_routed(
         x,
@@ -138,17 +139,18 @@ def nvfp4_moe_routed(
     topk_weights = as_array("topk_weights", topk_weights)
     check_experts(experts)
     activation = Activation.of(activation)
-    _check_tokens(x, experts)
-    _check_routed(x, topk_ids, topk_weights, experts, axis_name)
-    _check_options(activation, experts, numerics, router_weight_on_input, topk_ids.shape[1])
+    check_tokens(x, experts)
+    check_routed(x, topk_ids, topk_weights, experts, axis_name)
+    check_options(activation, experts, numerics, router_weight_on_input, topk_ids.shape[1])
     call = Call(
         activation=activation,
         numerics=numerics,
-        output_dtype=_check_output_dtype(x, output_dtype),
+        output_dtype=check_output_dtype(x, output_dtype),
         axis_name=axis_name,
         router_weight_on_input=bool(router_weight_on_input),
     )
-    problem = Problem(call, experts, *topk_ids.shape, jax.devices()[0].device_kind)
+    tokens, top_k = topk_ids.shape
+    problem = Problem(call, experts, tokens, top_k, jax.devices()[0].device_kind)
     chosen = selection.select(implementation, problem)
     return _moe(
         call,
@@ -263,135 +265,3 @@ def _folding_vmap(run: Callable[..., Any]) -> Callable[..., Any]:
         return results, jax.tree.map(lambda _: True, results)
 
     return call
-
-
-# ------------------------------------------------------------------------------------- checks
-
-
-def _axis_size(axis_name: str | None) -> int:
-    if axis_name is None:
-        return 1
-    if not isinstance(axis_name, (str, tuple)):
-        raise TypeError(f"axis_name is {described(axis_name)}, expected None or a mesh axis's name")
-    try:
-        return lax.axis_size(axis_name)
-    except NameError as error:
-        raise ValueError(
-            f"axis_name is {axis_name!r}, but no mesh axis of that name is bound here: call inside "
-            "jax.shard_map over it, or use jax_nvfp4_moe.parallel"
-        ) from error
-
-
-def _check_float(name: str, array: Array) -> None:
-    if array.dtype not in INPUT_DTYPES:
-        raise TypeError(
-            f"{name} has dtype {array.dtype}, expected bfloat16, float16 or float32; "
-            f"pass {name}.astype(jnp.float32)"
-        )
-
-
-def _check_tokens(x: Array, experts: ExpertWeights) -> None:
-    _check_float("x", x)
-    hidden = experts.hidden_size
-    if x.ndim != 2:
-        hint = ""
-        if x.ndim > 2:
-            hint = f": fold batch and sequence into T, x.reshape(-1, {x.shape[-1]}), or use vmap"
-        elif x.shape == (hidden,):
-            hint = ": for one token pass x[None]"
-        raise ValueError(f"x has shape {x.shape}, expected [T, {hidden}]{hint}")
-    if not isinstance(x.shape[0], int):
-        raise ValueError(
-            f"x has shape {x.shape}, expected a T that is known while tracing, as it decides how "
-            "to compute: jax.export the call for each T, or for a few and pad to those"
-        )
-    if x.shape[1] != hidden:
-        hint = ""
-        if x.shape[1] == experts.intermediate_size:
-            hint = f" and intermediate_size {x.shape[1]}; were the weights transposed?"
-        raise ValueError(
-            f"x has shape {x.shape}, expected [T, {hidden}]: the experts have hidden_size "
-            f"{hidden}{hint}"
-        )
-
-
-def _check_logits(x: Array, logits: Array, experts: ExpertWeights, axis_name: str | None) -> None:
-    num_experts = experts.num_experts * _axis_size(axis_name)
-    swapped = (num_experts,), (experts.hidden_size,)
-    if swapped[0] != swapped[1] and (x.shape[1:], logits.shape[1:]) == swapped:
-        raise ValueError(
-            f"x has shape {x.shape} and logits has shape {logits.shape}, expected "
-            f"[T, {experts.hidden_size}] and [T, {num_experts}]: are they swapped?"
-        )
-    _check_tokens(x, experts)
-    if logits.shape != (x.shape[0], num_experts):
-        hint = ""
-        if logits.ndim > 2:
-            hint = f": fold batch and sequence into T, logits.reshape(-1, {logits.shape[-1]})"
-        raise ValueError(
-            f"logits has shape {logits.shape}, expected [T, E] = {(x.shape[0], num_experts)}, as "
-            f"x has {x.shape[0]} tokens and there are {num_experts} experts{hint}"
-        )
-
-
-def _check_routed(
-    x: Array, topk_ids: Array, topk_weights: Array, experts: ExpertWeights, axis_name: str | None
-) -> None:
-    if not jnp.issubdtype(topk_ids.dtype, jnp.integer):
-        hint = "pass topk_ids.astype(jnp.int32)"
-        if jnp.issubdtype(topk_weights.dtype, jnp.integer):
-            hint = f"topk_weights has dtype {topk_weights.dtype}, are the two swapped?"
-        raise TypeError(
-            f"topk_ids has dtype {topk_ids.dtype}, expected integers, as from route(); {hint}"
-        )
-    _check_float("topk_weights", topk_weights)
-    if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0]:
-        hint = ": for K = 1 pass topk_ids[:, None]" if topk_ids.shape == x.shape[:1] else ""
-        raise ValueError(
-            f"topk_ids has shape {topk_ids.shape}, expected [T, K] with T = {x.shape[0]}, as x "
-            f"has{hint}"
-        )
-    if topk_weights.shape != topk_ids.shape:
-        raise ValueError(
-            f"topk_weights has shape {topk_weights.shape}, expected that of topk_ids, "
-            f"{topk_ids.shape}"
-        )
-    num_experts = experts.num_experts * _axis_size(axis_name)
-    if not 1 <= topk_ids.shape[1] <= num_experts:
-        raise ValueError(
-            f"topk_ids has shape {topk_ids.shape} with K = {topk_ids.shape[1]}, expected 1 to "
-            f"{num_experts} experts a token"
-        )
-
-
-def _check_options(
-    activation: Activation,
-    experts: ExpertWeights,
-    numerics: str,
-    router_weight_on_input: bool,
-    top_k: int,
-) -> None:
-    if activation.gated != experts.gated:
-        have = "gate and up rows" if experts.gated else "up rows alone"
-        suggestion = "'silu'" if experts.gated else "'relu2'"
-        raise ValueError(
-            f"activation {activation.name!r} is {'' if activation.gated else 'not '}gated, but "
-            f"the experts have {have}: use for example {suggestion}"
-        )
-    check_name("numerics", numerics, get_args(Numerics))
-    if not isinstance(router_weight_on_input, (bool, np.bool_)):
-        raise TypeError(
-            f"router_weight_on_input is {described(router_weight_on_input)}, expected True or "
-            "False, static under jit"
-        )
-    if router_weight_on_input and top_k != 1:
-        raise ValueError(
-            f"router_weight_on_input is True with K = {top_k}, expected K = 1: with several "
-            "experts a token has no single weight to be scaled by"
-        )
-
-
-def _check_output_dtype(x: Array, output_dtype: Any) -> np.dtype:
-    if output_dtype is None:
-        return x.dtype
-    return check_dtype("output_dtype", output_dtype, ", or None for x's")

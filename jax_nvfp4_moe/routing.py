@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_nvfp4_moe.format import described
+from jax_nvfp4_moe._messages import described
 
 # Keeps a sum of vanished sigmoids from being a zero divisor: the kernels' and DeepSeek-V3's own.
 _EPSILON = 1e-20

@@ -2,13 +2,14 @@
 
 import dataclasses
 from types import MappingProxyType
+from typing import get_args
 
 import jax
 import numpy as np
 
+from jax_nvfp4_moe._messages import check_name, described
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
-from jax_nvfp4_moe.format import check_name, described
 from jax_nvfp4_moe.implementations import emulation
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
 from jax_nvfp4_moe.routing import Routing
@@ -93,7 +94,9 @@ def select(implementation: str | None, problem: Problem) -> Implementation:
         check_name("implementation", implementation, IMPLEMENTATIONS, "None or ")
         module, reason = IMPLEMENTATIONS[implementation], _refusal(implementation, problem)
         if module is None or reason is not None:
-            raise NotImplementedError(f"implementation {implementation!r}: {reason}")
+            raise NotImplementedError(
+                f"implementation {implementation!r}: {reason}; None chooses one that can"
+            )
         return module
     refusals = {}
     for name, module in IMPLEMENTATIONS.items():
@@ -147,6 +150,7 @@ def explain(
         raise TypeError(f"tokens is {described(tokens)}, expected an int: how many tokens, T")
     if tokens < 0:
         raise ValueError(f"tokens is {tokens}, expected 0 or more")
+    check_name("numerics", numerics, get_args(Numerics))
     call = Call(
         activation=Activation.of(activation or ("silu" if experts.gated else "relu2")),
         numerics=numerics,
@@ -154,13 +158,17 @@ def explain(
         axis_name=None,
         router_weight_on_input=False,
     )
+    if device_kind is not None and not isinstance(device_kind, str):
+        raise TypeError(
+            f"device_kind is {described(device_kind)}, expected a str such as 'NVIDIA B200'"
+        )
     kind = device_kind or jax.devices()[0].device_kind
     problem = Problem(call, experts, tokens, routing.top_k, kind)
     chosen = select(None, problem)
     choices = []
     for name, module in IMPLEMENTATIONS.items():
         refusal = _refusal(name, problem)
-        if module is chosen:
+        if module is not None and module is chosen:
             choices.append(Choice(name, True, module.describe(problem)))
         else:
             choices.append(Choice(name, False, refusal or "an earlier one serves the call"))

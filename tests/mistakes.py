@@ -414,7 +414,7 @@ MISTAKES = (
         error="ValueError",
         message=(
             "gate: 1 of 16384 values NaN or infinite, the first at gate[3][2][1] = nan; "
-            "expected finite weights"
+            "expected finite values"
         ),
         argument="gate",
         given="= nan",
@@ -1323,7 +1323,7 @@ MISTAKES = (
         title="an implementation that this device cannot run",
         code='nvm.nvfp4_moe(x, logits, experts, routing, implementation="trtllm")',
         error="NotImplementedError",
-        message="implementation 'trtllm': it needs an SM100 or SM103 GPU, and this is cpu",
+        message="implementation 'trtllm': it needs an SM100 or SM103 GPU, and this is cpu; None chooses one that can",
         argument="implementation",
         given="'trtllm'",
         expected="needs an SM100 or SM103 GPU",

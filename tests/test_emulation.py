@@ -100,18 +100,24 @@ def test_sums_of_codes_are_the_products_of_values(scheme, rng):
     layer = make_layer(Case(5, 3, 1, 256, 64, scheme=scheme), rng)
     call = Call(layer.activation, "kernel", jnp.dtype(jnp.float32), None, False)
     recipe = Recipe(call, scheme, jnp.dtype(jnp.bfloat16))
-    rows = recipe.input_rows(jnp.asarray(layer.x).astype(jnp.float32), layer.experts)
-    weights = jax.tree.map(lambda a: a[1], layer.experts.w13)
-    each = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (5, *a.shape)), weights)
     values = recipe.weight_values
-    products = {
-        "dot": _contractions.decode_and_dot(rows, weights, values),
-        "reduce": _contractions.multiply_reduce(rows, each, values),
-        "integer": _contractions.integer_multiply_reduce(rows, each, values),
-    }
+
+    @jax.jit
+    def multiplied(x, experts):
+        rows = recipe.input_rows(x.astype(jnp.float32), experts)
+        weights = jax.tree.map(lambda a: a[1], experts.w13)
+        each = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (5, *a.shape)), weights)
+        products = {
+            "dot": _contractions.decode_and_dot(rows, weights, values),
+            "reduce": _contractions.multiply_reduce(rows, each, values),
+            "integer": _contractions.integer_multiply_reduce(rows, each, values),
+        }
+        return products, jnp.stack(rows.values(), axis=-1).reshape(5, -1)
+
+    products, operand = multiplied(jnp.asarray(layer.x), layer.experts)
+    weights = jax.tree.map(lambda a: np.asarray(a[1]), layer.experts.w13)
     decoded = dataclasses.replace(weights, global_scale=np.float32(1))
-    operand = np.stack([np.asarray(half) for half in rows.values()], axis=-1).reshape(5, -1)
-    want = operand.astype(np.float64) @ oracle.decode(decoded, ()).T
+    want = np.asarray(operand).astype(np.float64) @ oracle.decode(decoded, ()).T
     for got in products.values():
         assert oracle.relative_l2(got, want) < 5e-7
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import jax_nvfp4_moe as nvm
-from jax_nvfp4_moe.experts import check_experts, select
+from jax_nvfp4_moe.arrangement import select
+from jax_nvfp4_moe.experts import check_experts
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 F32 = np.dtype(np.float32)

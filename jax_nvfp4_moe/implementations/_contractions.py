@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int8
+from jaxtyping import Array, Float32, Int8
 
 from jax_nvfp4_moe.format import (
     BLOCK_SIZE,
@@ -152,7 +152,6 @@ def dot(x: Float32[Array, "M K"], w: Float32[Array, "N K"], dtype: Any) -> Float
 
     CPUs multiply in float32; elsewhere the matrix unit takes the operands in `dtype`.
     """
-
     last = (((1,), (1,)), ((), ()))
     # HIGHEST matters for float32 alone: it keeps TF32 and bfloat16 passes off.
     multiply = functools.partial(

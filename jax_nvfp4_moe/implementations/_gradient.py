@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe.activations import activate
-from jax_nvfp4_moe.experts import ExpertWeights, select
+from jax_nvfp4_moe.arrangement import select
+from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.format import expand_global_scale, round_to
 from jax_nvfp4_moe.implementations._contractions import Rows, WeightValues, dot
 from jax_nvfp4_moe.implementations._grouping import group, tile_rows

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_nvfp4_moe.experts import ExpertWeights, select
+from jax_nvfp4_moe.arrangement import select
+from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.format import round_to
 from jax_nvfp4_moe.implementations._contractions import (
     Rows,
@@ -78,7 +79,8 @@ def run(
     values = x.astype(jnp.float32)
     if call.router_weight_on_input:
         values = round_to(values * round_to(topk_weights, x.dtype), x.dtype)
-    form = _gather if _gathers(*topk_ids.shape, experts.num_experts) else _grouped
+    tokens, top_k = topk_ids.shape
+    form = _gather if _gathers(tokens, top_k, experts.num_experts) else _grouped
     rows = form(recipe, recipe.input_rows(values, experts), ids, topk_weights, experts)
     if call.axis_name is not None:
         # Each row is zero on all devices but one, so this sum is exact and keeps the slot order.
@@ -128,8 +130,8 @@ def _gather_on_cpu(
     # Token by token: the sums of all blocks, written between the integers and the scales, then
     # stay in the cache.
     def one(token: tuple[Rows, Array, Array]) -> Array:
-        alone = jax.tree.map(lambda array: array[None], token)
-        return gather_rows(recipe, integer_multiply_reduce, *alone, experts)[0]
+        x, ids, weights = jax.tree.map(lambda array: array[None], token)
+        return gather_rows(recipe, integer_multiply_reduce, x, ids, weights, experts)[0]
 
     return lax.map(one, (x, ids, topk_weights))
 

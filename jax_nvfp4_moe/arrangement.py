@@ -1,0 +1,158 @@
+"""Brings experts into a kernel's layout and back, and reads single experts out of any layout."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from jax_nvfp4_moe import layouts
+from jax_nvfp4_moe._messages import check_name
+from jax_nvfp4_moe.experts import ExpertWeights, check_experts
+from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array
+from jax_nvfp4_moe.layouts import Layout
+
+# The layout in which each implementation reads its weights.
+_LAYOUT_OF: dict[str, Layout] = {
+    "emulation": "linear",
+    "cpu": "linear",
+    "triton": "linear",
+    "trtllm": "trtllm",
+    "cute_dsl": "cute_dsl",
+}
+
+
+def prepare(experts: ExpertWeights, implementation: str) -> ExpertWeights:
+    """Brings experts into the layout that an implementation reads; an exact bijection.
+
+    Padding (zero codes and zero scales), row order and scale swizzle, as `layouts` describes them.
+    Prepared experts still run everywhere: other implementations undo the layout as they read.
+
+    Args:
+        experts: in any layout.
+        implementation: "trtllm", "cute_dsl", or one that reads the linear layout: "emulation",
+            "cpu", "triton".
+
+    Returns:
+        The same experts in that layout; `experts` itself if it already is.
+
+    Raises:
+        ValueError: the name is not one of these.
+    """
+    check_experts(experts)
+    check_name("implementation", implementation, _LAYOUT_OF)
+    layout = _LAYOUT_OF[implementation]
+    if layout == experts.layout:
+        return experts
+    return _from_linear(_to_linear(experts), layout)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _from_linear(experts: ExpertWeights, layout: Layout) -> ExpertWeights:
+    if layout == "linear":
+        return experts
+    gated = experts.gated
+    hidden, intermediate = layouts.padded_sizes(
+        layout,
+        experts.hidden_size,
+        experts.intermediate_size,
+        gated=gated,
+        per_token=experts.activation_scheme == "per_token",
+    )
+    order13 = layouts.w13_row_order(layout, intermediate, gated=gated)
+    order2 = layouts.w2_row_order(layout, hidden)
+
+    def w13(array: Array, per_column: int) -> Array:
+        padded = layouts.pad_w13(array, gated=gated, rows=intermediate, cols=hidden // per_column)
+        return padded[..., order13, :]
+
+    def w2(array: Array, per_column: int) -> Array:
+        padded = layouts.pad_w2(array, rows=hidden, cols=intermediate // per_column)
+        return padded[..., order2, :]
+
+    return dataclasses.replace(
+        experts,
+        w13=_arranged(experts.w13, w13, layouts.swizzle_scales),
+        w2=_arranged(experts.w2, w2, layouts.swizzle_scales),
+        layout=layout,
+    )
+
+
+@jax.jit
+def _to_linear(experts: ExpertWeights) -> ExpertWeights:
+    if experts.layout == "linear":
+        return experts
+    gated, layout = experts.gated, experts.layout
+    hidden, intermediate = experts.w2.shape[-2], experts.w2.shape[-1]
+    back13 = layouts.inverse_order(layouts.w13_row_order(layout, intermediate, gated=gated))
+    back2 = layouts.inverse_order(layouts.w2_row_order(layout, hidden))
+
+    def w13(array: Array, per_column: int) -> Array:
+        cols = experts.hidden_size // per_column
+        rows = experts.intermediate_size
+        return layouts.trim_w13(array[..., back13, :], gated=gated, rows=rows, cols=cols)
+
+    def w2(array: Array, per_column: int) -> Array:
+        cols = experts.intermediate_size // per_column
+        return layouts.trim_w2(array[..., back2, :], rows=experts.hidden_size, cols=cols)
+
+    def unswizzle(scale: Array) -> Array:
+        return layouts.unswizzle_scales(scale, rows=scale.shape[-2], cols=scale.shape[-1])
+
+    # The swizzle is undone first: rows are reordered and trimmed in the plain arrangement.
+    plain13 = dataclasses.replace(experts.w13, scale=unswizzle(experts.w13.scale))
+    plain2 = dataclasses.replace(experts.w2, scale=unswizzle(experts.w2.scale))
+    return dataclasses.replace(
+        experts,
+        w13=_arranged(plain13, w13, lambda scale: scale),
+        w2=_arranged(plain2, w2, lambda scale: scale),
+        layout="linear",
+    )
+
+
+def _arranged(
+    weights: Nvfp4Array,
+    arrange: Callable[[Array, int], Array],
+    finish: Callable[[Array], Array],
+) -> Nvfp4Array:
+    """Applies one arrangement to codes (2 a byte) and scales (16 elements each)."""
+    return dataclasses.replace(
+        weights,
+        data=arrange(weights.data, 2),
+        scale=finish(arrange(weights.scale, BLOCK_SIZE)),
+    )
+
+
+def select(experts: ExpertWeights, ids: Int[Array, "*ids"]) -> ExpertWeights:
+    """The experts at `ids`, in the linear layout: what an emulation reads of prepared weights.
+
+    Args:
+        experts: in any layout, [E, ...].
+        ids: which, each in 0..E-1 (not checked).
+
+    Returns:
+        Experts whose arrays begin with the axes of `ids` in place of E. Scalar activation scales
+        and those of all experts stay as they are: they belong to the layer.
+    """
+
+    def take(array: Array) -> Array:
+        if array.dtype == jnp.float8_e4m3fn:
+            # As bytes: XLA:CPU widens float8 operands of a slice, here those of every expert. And
+            # in a loop it would make the bytes of every expert once, before it.
+            array, _ = lax.optimization_barrier((array, ids))
+            taken = take(lax.bitcast_convert_type(array, jnp.uint8))
+            return lax.bitcast_convert_type(taken, jnp.float8_e4m3fn)
+        return array.at[ids].get(mode="promise_in_bounds")
+
+    return _to_linear(
+        dataclasses.replace(
+            experts,
+            w13=jax.tree.map(take, experts.w13),
+            w2=jax.tree.map(take, experts.w2),
+            w13_bias=jax.tree.map(take, experts.w13_bias),
+            w2_bias=jax.tree.map(take, experts.w2_bias),
+        )
+    )

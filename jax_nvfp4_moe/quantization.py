@@ -1,0 +1,175 @@
+"""Builds NVFP4 experts from matrices in bfloat16, float16 or float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Float, Float32
+
+from jax_nvfp4_moe import layouts
+from jax_nvfp4_moe._messages import INPUT_DTYPES, as_array
+from jax_nvfp4_moe.experts import (
+    ActivationScheme,
+    ExpertWeights,
+    check_experts,
+    positive_problems,
+    problems_of,
+    raise_for,
+)
+from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array, quantize
+
+
+def quantize_experts(
+    gate: Float[ArrayLike, "E I H"] | None,
+    up: Float[ArrayLike, "E I H"],
+    down: Float[ArrayLike, "E H I"],
+    input_scale: Float32[ArrayLike, "..."] | float | None = None,
+    hidden_scale: Float32[ArrayLike, "..."] | float | None = None,
+    *,
+    activation_scheme: ActivationScheme | None = None,
+    gate_bias: Float[ArrayLike, "E I"] | None = None,
+    up_bias: Float[ArrayLike, "E I"] | None = None,
+    down_bias: Float[ArrayLike, "E H"] | None = None,
+) -> ExpertWeights:
+    """Quantises a layer's experts to NVFP4, each matrix with a global scale of its own.
+
+    Args:
+        gate: [E, I, H] in bfloat16, float16 or float32 (rows are outputs, as in checkpoints);
+            None for experts that are not gated.
+        up: [E, I, H].
+        down: [E, H, I].
+        input_scale: decode scale (amax / 2688) of the layer's input, [] or [E, G].
+        hidden_scale: decode scale of the activation's output, [] or [E].
+        activation_scheme: None means "static" where the two scales are given and "per_token",
+            which needs no calibration, where they are not.
+        gate_bias: [E, I], or None. Gate and up have biases together.
+        up_bias: [E, I], or None.
+        down_bias: [E, H], or None.
+
+    Returns:
+        The experts, in the "linear" layout.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: a shape, a scale or a weight (NaN, infinite) is not as described.
+    """
+    up, down = as_array("up", up), as_array("down", down)
+    if up.ndim != 3:
+        raise ValueError(f"up has shape {up.shape}, expected [E, I, H]")
+    num_experts, intermediate_size, hidden_size = up.shape
+    if num_experts == 0:
+        raise ValueError(f"up has shape {up.shape} with E = 0, expected at least 1 expert")
+    for name, size in (("I", intermediate_size), ("H", hidden_size)):
+        if size == 0 or size % BLOCK_SIZE:
+            near = layouts.round_up(max(size, 1), BLOCK_SIZE)
+            raise ValueError(
+                f"up has shape {up.shape} with {name} = {size}, expected a positive multiple of "
+                f"{BLOCK_SIZE}: pad it to {near} with zeros"
+            )
+    matrices = {"up": up, "down": down}
+    _check_down(down, up, gated=gate is not None)
+    if gate is not None:
+        gate = as_array("gate", gate)
+        _check_gate(gate, up, down)
+        matrices["gate"] = gate
+    for name, matrix in matrices.items():
+        if matrix.dtype not in INPUT_DTYPES:
+            raise TypeError(
+                f"{name} has dtype {matrix.dtype}, expected bfloat16, float16 or float32: "
+                "dequantise it to one of these first"
+            )
+        _check_finite(name, matrix)
+    if gate is not None and (gate_bias is None) != (up_bias is None):
+        missing = "gate_bias" if gate_bias is None else "up_bias"
+        raise ValueError(f"{missing} is None, expected gate_bias and up_bias together or neither")
+    if gate is None and gate_bias is not None:
+        raise ValueError("gate_bias was given, but gate is None: these experts are not gated")
+
+    halves = [up] if gate is None else [gate, up]
+    quantised = [_quantize_each(half) for half in halves]
+    w13 = Nvfp4Array(
+        data=jnp.concatenate([q.data for q in quantised], axis=1),
+        scale=jnp.concatenate([q.scale for q in quantised], axis=1),
+        global_scale=jnp.stack([q.global_scale for q in quantised], axis=1),
+    )
+    biases = {"gate_bias": gate_bias, "up_bias": up_bias}
+    if activation_scheme is None:
+        calibrated = input_scale is not None or hidden_scale is not None
+        activation_scheme = "static" if calibrated else "per_token"
+    experts = ExpertWeights(
+        w13=w13,
+        w2=_quantize_each(down),
+        input_scale=_optional("input_scale", input_scale),
+        hidden_scale=_optional("hidden_scale", hidden_scale),
+        w13_bias=_concatenate_biases(biases, up.shape[:2]),
+        w2_bias=_concatenate_biases({"down_bias": down_bias}, down.shape[:2]),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        activation_scheme=activation_scheme,
+        layout="linear",
+    )
+    check_experts(experts)
+    for name in ("input_scale", "hidden_scale"):
+        scale = getattr(experts, name)
+        if scale is not None and not isinstance(scale, Tracer):
+            raise_for(positive_problems(name, np.asarray(scale)))
+    return experts
+
+
+@jax.jit
+def _quantize_each(weights: Array) -> Nvfp4Array:
+    # One expert at a time: the float32 copies that quantising makes are those of one expert.
+    return lax.map(quantize, weights)
+
+
+def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], *reversed(shape[-2:]))
+
+
+def _check_down(down: Array, up: Array, *, gated: bool) -> None:
+    wanted = _swapped(up.shape)
+    if down.shape == wanted:
+        return
+    hint = ""
+    if down.shape == up.shape:
+        hint = ": rows are outputs, pass jnp.swapaxes(down, 1, 2)"
+    elif not gated and down.shape == (*wanted[:2], wanted[2] // 2):
+        hint = ": if up holds gate rows too, pass gate, up = jnp.split(up, 2, axis=1)"
+    raise ValueError(
+        f"down has shape {down.shape}, expected [E, H, I] = {wanted}, as up is {up.shape}{hint}"
+    )
+
+
+def _check_gate(gate: Array, up: Array, down: Array) -> None:
+    if gate.shape == up.shape:
+        return
+    hint = ""
+    if gate.shape == down.shape:
+        hint = ": it has the shape of down, are up and down swapped, or gate transposed?"
+    raise ValueError(f"gate has shape {gate.shape}, expected that of up, {up.shape}{hint}")
+
+
+def _check_finite(name: str, matrix: Array) -> None:
+    if isinstance(matrix, Tracer):
+        return
+    if not jnp.isfinite(matrix).all():
+        values = np.asarray(matrix, np.float32)
+        (problem,) = problems_of(name, values, ~np.isfinite(values), "NaN or infinite")
+        raise ValueError(f"{problem}; expected finite values")
+
+
+def _optional(name: str, value: ArrayLike | None) -> Array | None:
+    return None if value is None else as_array(name, value, jnp.float32)
+
+
+def _concatenate_biases(biases: dict[str, ArrayLike | None], each: tuple[int, ...]) -> Array | None:
+    given = {name: bias for name, bias in biases.items() if bias is not None}
+    arrays = {name: as_array(name, bias, jnp.float32) for name, bias in given.items()}
+    for name, bias in arrays.items():
+        _check_finite(name, bias)
+        if bias.shape != each:
+            raise ValueError(
+                f"{name} has shape {bias.shape}, expected {each}: one value for each row"
+            )
+    return jnp.concatenate(list(arrays.values()), axis=1) if arrays else None
