@@ -195,7 +195,7 @@ def pack_codes(codes: UInt8[Array, "*rows K"]) -> UInt8[Array, "*rows K/2"]:
 
 
 def pack(values: Float[Array, "*rows K"]) -> UInt8[Array, "*rows K/2"]:
-    """Packs a float4_e2m1fn array into bytes; inside jit it costs nothing.
+    """Packs a float4_e2m1fn array into bytes; inside jit a view, not a computation.
 
     Args:
         values: float4_e2m1fn [..., K], K even.
@@ -218,7 +218,7 @@ def pack(values: Float[Array, "*rows K"]) -> UInt8[Array, "*rows K/2"]:
 
 
 def unpack(data: UInt8[Array, "*rows K/2"]) -> Float[Array, "*rows K"]:
-    """Views packed bytes as float4_e2m1fn; inside jit it costs nothing.
+    """Views packed bytes as float4_e2m1fn; inside jit a view, not a computation.
 
     Args:
         data: uint8 [..., K/2].
@@ -268,9 +268,9 @@ def quantize_blocks(
     amax_sixth = jnp.max(jnp.abs(blocks) * jnp.float32(_ONE_SIXTH), axis=-1)
     gain = jnp.broadcast_to(encode_scale, x.shape[:-1])[..., None]
     scale = round_to(gain * amax_sixth, jnp.float8_e4m3fn)
+    # Where the scale is zero any divisor serves: what is too small for a scale is too for a code.
     step = jnp.where(scale == 0, 1.0, scale)
     inverse = jnp.minimum(exact_divide(jnp.broadcast_to(gain, step.shape), step), _FLOAT32_MAX)
-    inverse = jnp.where(scale == 0, 0.0, inverse)
     return e2m1_codes(blocks * inverse[..., None]).reshape(x.shape), scale
 
 
@@ -318,8 +318,8 @@ def quantize(
             ("expert"), or each "row". Only for ``global_scale=None``.
 
     Returns:
-        The quantised array. All-zero groups get a global scale of 1. NaNs spread to their block;
-        infinities saturate where `global_scale` is given.
+        The quantised array. All-zero groups get a global scale of 1. With a given `global_scale`
+        a NaN spreads to its block and infinities saturate; a computed one they spoil.
 
     Raises:
         TypeError: `x` is not one of the three dtypes.

@@ -1323,7 +1323,10 @@ MISTAKES = (
         title="an implementation that this device cannot run",
         code='nvm.nvfp4_moe(x, logits, experts, routing, implementation="trtllm")',
         error="NotImplementedError",
-        message="implementation 'trtllm': it needs an SM100 or SM103 GPU, and this is cpu; None chooses one that can",
+        message=(
+            "implementation 'trtllm': it needs an SM100 or SM103 GPU, and this is cpu; "
+            "None chooses one that can"
+        ),
         argument="implementation",
         given="'trtllm'",
         expected="needs an SM100 or SM103 GPU",

@@ -516,7 +516,7 @@ def test_explain_refuses():
     experts, routing = abstract_experts(), nvm.Routing("renormalize", top_k=2)
     with pytest.raises(TypeError, match=r"experts is a dict, expected ExpertWeights"):
         nvm.explain({}, routing, tokens=1)
-    with pytest.raises(TypeError, match=r"routing is a int, expected Routing"):
+    with pytest.raises(TypeError, match=r"routing is 2, expected Routing"):
         nvm.explain(experts, 2, tokens=1)
     with pytest.raises(ValueError, match=r"tokens is -1, expected 0 or more"):
         nvm.explain(experts, routing, tokens=-1)
