@@ -66,7 +66,6 @@ def agree(got, want, *, rounded):
     [
         ({}, "kernel"),
         ({"dtype": "float32", "biases": True, "activation": "swiglu_oai"}, "kernel"),
-        ({"activation": "relu2"}, "kernel"),
         ({"scheme": "per_token"}, "kernel"),
         ({"scheme": "per_token", "biases": True, "activation": "relu2"}, "kernel"),
         *(({"scheme": "none", "dtype": dtype}, "kernel") for dtype in DTYPES),
@@ -236,9 +235,8 @@ def compiled(tokens, num_experts, scheme, gradient):
     return jax.jit(jax.grad(call) if gradient else call).lower(*arguments).compile()
 
 
-@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("tokens", "gradient"), [(4, False), (512, False), (512, True)])
 @pytest.mark.parametrize("scheme", ["static", "none"])
-@pytest.mark.parametrize("tokens", [4, 512])
 def test_never_all_experts_at_once(tokens, scheme, gradient):
     one_expert = 3 * HIDDEN * INTERMEDIATE  # values
 

@@ -68,9 +68,9 @@ def test_the_layer_is_its_router_and_its_experts(options, rng):
 # ------------------------------------------------------------------------------------- jit
 
 
-@pytest.mark.parametrize("tokens", [SMALL, LARGE])
-def test_jit(tokens, rng):
-    layer = layer_of(rng, tokens)
+@pytest.mark.parametrize(("tokens", "scheme"), [(SMALL, "static"), (LARGE, "none")])
+def test_jit(tokens, scheme, rng):
+    layer = layer_of(rng, tokens, scheme=scheme)
     want = nvm.nvfp4_moe_routed(*arrays(layer), layer.experts)
     same(jax.jit(nvm.nvfp4_moe_routed)(*arrays(layer), layer.experts), want)
     same(jax.jit(lambda *a: nvm.nvfp4_moe_routed(*a, layer.experts))(*arrays(layer)), want)
@@ -88,8 +88,7 @@ def test_donated_tokens(rng):
     assert mine.is_deleted()
 
 
-@pytest.mark.parametrize("tokens", [SMALL, LARGE])
-@pytest.mark.parametrize("scheme", ["static", "none"])
+@pytest.mark.parametrize(("tokens", "scheme"), [(SMALL, "none"), (LARGE, "static")])
 def test_export_for_cpu_and_cuda(scheme, tokens, rng):
     layer = layer_of(rng, tokens, scheme=scheme)
     leaves, treedef = jax.tree.flatten(layer.experts)
@@ -123,7 +122,7 @@ def test_eval_shape(rng):
 
 
 def test_checkpoint(rng):
-    layer = layer_of(rng)
+    layer = layer_of(rng, scheme="none")
     x, ids, weights = arrays(layer)
 
     def loss(x, weights):
@@ -134,9 +133,9 @@ def test_checkpoint(rng):
     same(jax.jit(jax.value_and_grad(jax.checkpoint(loss), (0, 1)))(x, weights), want)
 
 
-@pytest.mark.parametrize("scheme", ["static", "per_token", "none"])
-def test_x64_changes_nothing(scheme, rng):
-    layer = layer_of(rng, LARGE if scheme == "none" else SMALL, scheme=scheme)
+@pytest.mark.parametrize(("tokens", "scheme"), [(SMALL, "per_token"), (LARGE, "none")])
+def test_x64_changes_nothing(tokens, scheme, rng):
+    layer = layer_of(rng, tokens, scheme=scheme)
     x, ids, weights = arrays(layer)
 
     def both(ids):
@@ -177,8 +176,7 @@ def dots(jaxpr):
     return found
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "tensorfloat32"])
-@pytest.mark.parametrize("tokens", [SMALL, LARGE])
+@pytest.mark.parametrize(("tokens", "precision"), [(SMALL, "bfloat16"), (LARGE, "tensorfloat32")])
 def test_default_matmul_precision_changes_nothing(tokens, precision, rng):
     layer = layer_of(rng, tokens)
     x, ids, weights = arrays(layer)
@@ -211,7 +209,7 @@ def test_dtypes_of_x_and_of_the_output(dtype, rng):
         nvm.nvfp4_moe_routed(*arrays(layer), layer.experts, output_dtype=jnp.float32)
     )
     check(exact, reference(layer))
-    for output in (None, *DTYPES):
+    for output in (None, *(DTYPES if dtype == "bfloat16" else ())):
         got = nvm.nvfp4_moe_routed(*arrays(layer), layer.experts, output_dtype=output)
         same(got, exact.astype(jnp.dtype(output or dtype)))
 
@@ -257,7 +255,6 @@ def folded(arguments, axes, size):
         ((0, 0, 0), SMALL, 2),
         ((0, 0, 0), 8, 3),  # grouped, though each alone would be gathered
         ((0, None, None), SMALL, 2),
-        ((None, 0, 0), SMALL, 2),
         ((None, None, 0), SMALL, 2),
         ((1, 2, 0), SMALL, 2),
     ],
@@ -334,9 +331,9 @@ def test_vmap_over_some_leaves_of_the_experts(rng):
         same(got[index], call(scales[index]))
 
 
-@pytest.mark.parametrize("tokens", [SMALL, LARGE])
-def test_scan_over_layers_is_a_loop(tokens, rng):
-    layers = [layer_of(rng, tokens, scheme="per_token") for _ in range(3)]
+@pytest.mark.parametrize(("tokens", "scheme"), [(SMALL, "per_token"), (LARGE, "none")])
+def test_scan_over_layers_is_a_loop(tokens, scheme, rng):
+    layers = [layer_of(rng, tokens, scheme=scheme) for _ in range(3)]
     experts = stack(*(layer.experts for layer in layers))
     routed = stack(*(arrays(layer)[1:] for layer in layers))
     x, *_ = arrays(layers[0])
@@ -359,8 +356,7 @@ def test_scan_over_layers_is_a_loop(tokens, rng):
 
 
 @pytest.mark.parametrize("numerics", ["kernel", "vllm"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("tokens", [2, LARGE])
+@pytest.mark.parametrize(("tokens", "dtype"), [(2, "bfloat16"), (LARGE, "float32")])
 def test_router_weight_on_input(tokens, dtype, numerics, rng):
     layer = layer_of(rng, tokens, top_k=1, method="llama4", on_input=True, dtype=dtype)
     options = {"numerics": numerics, "output_dtype": jnp.float32}
@@ -571,8 +567,8 @@ def uneven(layer):
 @pytest.mark.parametrize(
     ("scheme", "numerics"), [*((s, "kernel") for s in SCHEMES), ("static", "vllm")]
 )
-@pytest.mark.parametrize("tokens", [SMALL, LARGE])
-def test_split_experts_give_the_same_bits(tokens, scheme, numerics, rng):
+@pytest.mark.parametrize(("tokens", "devices", "check_vma"), [(SMALL, 4, True), (LARGE, 2, False)])
+def test_split_experts_give_the_same_bits(tokens, devices, check_vma, scheme, numerics, rng):
     layer = layer_of(rng, tokens, scheme=scheme)
     ids = layer.ids.copy()
     ids[0, 0], ids[1, 1] = -1, 4
@@ -580,20 +576,18 @@ def test_split_experts_give_the_same_bits(tokens, scheme, numerics, rng):
     experts = uneven(layer)
     x, ids, weights = arrays(layer)
     want = nvm.nvfp4_moe_routed(x, ids, weights, experts, numerics=numerics)
-    for devices, check_vma in ((2, True), (4, False)):
-        mesh = mesh_of(expert=devices)
-        call = jax.jit(split(experts, mesh, check_vma=check_vma, numerics=numerics))
-        same(call(x, ids, weights, experts), want)
+    mesh = mesh_of(expert=devices)
+    call = jax.jit(split(experts, mesh, check_vma=check_vma, numerics=numerics))
+    same(call(x, ids, weights, experts), want)
     if scheme == "static":  # as a device would compute without asking the others
         alone = dataclasses.replace(experts, input_scale=experts.input_scale[:2].max())
         differs(nvm.nvfp4_moe_routed(x, ids, weights, alone, numerics=numerics), want)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_split_over_four_devices_and_prepared(check_vma, rng):
-    layer = layer_of(rng)
-    experts = nvm.prepare(uneven(layer), "trtllm")
-    call = jax.jit(split(experts, mesh_of(expert=4), check_vma=check_vma))
+def test_prepared_experts_split(rng):
+    layer = layer_of(rng, LARGE, scheme="none")
+    experts = nvm.prepare(layer.experts, "trtllm")
+    call = jax.jit(split(experts, mesh_of(expert=4)))
     want = nvm.nvfp4_moe_routed(*arrays(layer), experts)
     same(call(*arrays(layer), experts), want)
 
@@ -629,8 +623,7 @@ def test_split_experts_with_the_router(rng):
     same(jax.jit(sharded)(x, logits, layer.experts), want)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize(("tokens", "devices"), [(SMALL, 4), (LARGE, 2)])
+@pytest.mark.parametrize(("tokens", "devices", "check_vma"), [(SMALL, 4, False), (LARGE, 2, True)])
 def test_gradient_through_split_experts(tokens, devices, check_vma, rng):
     layer = layer_of(rng, tokens, dtype="float32")
     experts = uneven(layer)
