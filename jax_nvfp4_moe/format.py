@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from jax_nvfp4_moe._messages import INPUT_DTYPES, as_array, check_dtype, check_name, described
