@@ -16,7 +16,9 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from jax_nvfp4_moe._messages import INPUT_DTYPES, as_array, check_dtype, check_name, described
@@ -350,10 +352,9 @@ def quantize(
             )
         global_scale = as_array("global_scale", global_scale, jnp.float32)
         check_global_scale("global_scale", global_scale, x.shape)
-        if (
-            not isinstance(global_scale, Tracer)
-            and not ((global_scale >= _FLOAT32_TINY) & (global_scale <= _FLOAT32_MAX)).all()
-        ):
+        # On numpy: under jit even a comparison of constants is traced.
+        known = None if isinstance(global_scale, Tracer) else np.asarray(global_scale)
+        if known is not None and not ((known >= _FLOAT32_TINY) & (known <= _FLOAT32_MAX)).all():
             raise ValueError(
                 "global_scale holds values that are not finite and positive, expected decode "
                 "scales: the largest magnitude / 2688, or None to have it computed"

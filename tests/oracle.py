@@ -29,6 +29,19 @@ def rounded(values, dtype):
     return ROUND[np.dtype(dtype)](np.asarray(values, np.float64)).astype(np.float64)
 
 
+def rounding_ties(row, dtype):
+    """The rows that `rounded(row, dtype)` would be with one tie rounded the other way."""
+    if np.dtype(dtype) == np.float32:
+        return []
+    value, others = rounded(row, dtype), []
+    for nudge in (1 - TIE, 1 + TIE):
+        moved = rounded(row * nudge, dtype)
+        for element in np.flatnonzero(moved != value):
+            others.append(value.copy())
+            others[-1][element] = moved[element]
+    return others
+
+
 def decode(weights, index, *, nibbles="low even"):
     """One expert's matrix in float64, with the global scale of each group of rows."""
     data, scale, gain = (np.asarray(leaf[index]) for leaf in jax.tree.leaves(weights))
@@ -154,7 +167,7 @@ def moe(
 
     def operand(row, static_scale):
         if scheme == "none":
-            return rounded(row, dtype), []
+            return rounded(row, dtype), rounding_ties(row, dtype)
         if scheme == "per_token":
             amax = np.float32(np.abs(row).max())
             scale = np.float32(amax / np.float32(2688)) if amax > 0 else np.float32(1)
@@ -182,9 +195,16 @@ def moe(
             w13, _, bias13, _ = expert(index)
             row, _ = operand(row.astype(np.float32), experts.input_scale)
             hidden = act(row @ w13.T + bias13)
+            nearly = []
             if scheme == "per_token":
-                hidden = rounded(hidden, ml_dtypes.bfloat16).astype(np.float32)
+                # The scale is computed from bfloat16 rows, which float32 holds exactly.
+                both = (
+                    rounded(hidden, ml_dtypes.bfloat16),
+                    *rounding_ties(hidden, ml_dtypes.bfloat16),
+                )
+                hidden, *nearly = (row.astype(np.float32) for row in both)
             value, others = operand(hidden, experts.hidden_scale)
+            others += [operand(other, experts.hidden_scale)[0] for other in nearly]
             rows[slot] = second(index, value)
             ties += [(token, slot, other) for other in others]
         all_rows[token] = rows
