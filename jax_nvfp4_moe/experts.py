@@ -7,11 +7,13 @@ Dimensions, here and everywhere: E experts, H hidden size, I intermediate size, 
 
 import dataclasses
 import functools
+import json
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jax.core import Tracer
 from jaxtyping import Array, Float32
 
@@ -77,6 +79,17 @@ class ExpertWeights:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
+# So that jax.export can write programs whose arguments are experts. The names are part of what it
+# writes: do not change them.
+for _node in (Nvfp4Array, ExpertWeights):
+    export.register_pytree_node_serialization(
+        _node,
+        serialized_name=f"jax_nvfp4_moe.{_node.__name__}",
+        serialize_auxdata=lambda metadata: json.dumps(metadata).encode(),
+        deserialize_auxdata=lambda written: tuple(json.loads(bytes(written))),
+    )
+
+
 # ------------------------------------------------------------------------------------- checks
 
 
@@ -110,9 +123,10 @@ def check_experts(experts: ExpertWeights) -> None:
         f"layout {experts.layout!r}, hidden_size {experts.hidden_size} and intermediate_size "
         f"{experts.intermediate_size}"
     )
+    # w2 first: how many rows w13 should have is known only from w2's columns.
+    _check_shapes("experts.w2", experts.w2, (num_experts, hidden, intermediate), described_by)
     w13_shape = (num_experts, gates * intermediate, hidden)
     _check_shapes("experts.w13", experts.w13, w13_shape, described_by)
-    _check_shapes("experts.w2", experts.w2, (num_experts, hidden, intermediate), described_by)
     for name, wanted in (("w13", (num_experts, gates)), ("w2", (num_experts,))):
         got = getattr(experts, name).global_scale.shape
         if got != wanted:

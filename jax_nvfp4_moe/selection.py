@@ -2,11 +2,11 @@
 
 import dataclasses
 from types import MappingProxyType
-from typing import get_args
 
 import jax
 import numpy as np
 
+from jax_nvfp4_moe._call_checks import check_options
 from jax_nvfp4_moe._messages import check_name, described
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
@@ -138,7 +138,8 @@ def explain(
 
     Raises:
         TypeError: `experts` or `routing` is not of its type.
-        ValueError: `tokens` is negative, or no implementation can serve the call.
+        ValueError: `tokens` is negative, `activation` or `routing.top_k` does not fit the experts,
+            or no implementation can serve the call.
     """
     check_experts(experts)
     if not isinstance(routing, Routing):
@@ -150,9 +151,15 @@ def explain(
         raise TypeError(f"tokens is {described(tokens)}, expected an int: how many tokens, T")
     if tokens < 0:
         raise ValueError(f"tokens is {tokens}, expected 0 or more")
-    check_name("numerics", numerics, get_args(Numerics))
+    if routing.top_k > experts.num_experts:
+        raise ValueError(
+            f"routing.top_k is {routing.top_k}, expected at most {experts.num_experts}, as many as "
+            "there are experts"
+        )
+    fitting = Activation.of(activation or ("silu" if experts.gated else "relu2"))
+    check_options(fitting, experts, numerics, False, routing.top_k)
     call = Call(
-        activation=Activation.of(activation or ("silu" if experts.gated else "relu2")),
+        activation=fitting,
         numerics=numerics,
         output_dtype=jax.numpy.dtype("bfloat16"),
         axis_name=None,

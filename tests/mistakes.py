@@ -625,12 +625,12 @@ MISTAKES = (
         code='nvm.prepare(dataclasses.replace(experts, layout="trtllm"), "trtllm")',
         error="ValueError",
         message=(
-            "experts.w13.data has shape (8, 64, 32), expected (8, 128, 128): with layout "
-            "'trtllm', hidden_size 64 and intermediate_size 32, experts.w13 is (8, 128, 256)"
+            "experts.w2.data has shape (8, 64, 16), expected (8, 256, 32): with layout 'trtllm', "
+            "hidden_size 64 and intermediate_size 32, experts.w2 is (8, 256, 64)"
         ),
         argument="experts",
-        given="(8, 64, 32)",
-        expected="expected (8, 128, 128)",
+        given="(8, 64, 16)",
+        expected="expected (8, 256, 32)",
     ),
     Mistake(
         function="prepare",
@@ -1550,6 +1550,29 @@ MISTAKES = (
         argument="activation",
         given="'relu'",
         expected="did you mean 'relu2'?",
+    ),
+    Mistake(
+        function="explain",
+        title="an activation for other experts",
+        code='nvm.explain(experts, routing, tokens=4, activation="relu2")',
+        error="ValueError",
+        message=(
+            "activation 'relu2' is not gated, but the experts have gate and up rows: use for "
+            "example 'silu'"
+        ),
+        argument="activation",
+        given="'relu2'",
+        expected="use for example 'silu'",
+    ),
+    Mistake(
+        function="explain",
+        title="more experts a token than there are",
+        code='nvm.explain(experts, nvm.Routing("renormalize", top_k=9), tokens=4)',
+        error="ValueError",
+        message="routing.top_k is 9, expected at most 8, as many as there are experts",
+        argument="routing",
+        given="9",
+        expected="expected at most 8",
     ),
     Mistake(
         function="explain",
