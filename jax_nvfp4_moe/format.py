@@ -129,12 +129,26 @@ def exact_divide(
 ) -> Float32[Array, "*shape"]:
     """float32 a / b, correctly rounded on every device.
 
-    XLA:GPU's own division is up to 2 ulp off, enough to move a value across a rounding boundary.
-    Here the significands are divided by integer long division, whose last bit says whether anything
-    was left over, and one integer-to-float conversion rounds. Zero, subnormal, infinite and NaN
-    operands take the ordinary division. A subnormal quotient may be flushed to zero.
+    A subnormal quotient may be flushed to zero.
     """
     a, b = jnp.broadcast_arrays(a, b)
+    return lax.platform_dependent(a, b, cpu=_ieee_divide, default=_long_divide)
+
+
+def _ieee_divide(a: Array, b: Array) -> Array:
+    # XLA:CPU's division is IEEE, but of a constant divisor it would take the reciprocal.
+    a, b = lax.optimization_barrier((a, b))
+    return a / b
+
+
+def _long_divide(a: Array, b: Array) -> Array:
+    """Long division of the significands in integers.
+
+    XLA:GPU's own division is up to 2 ulp off, enough to move a value across a rounding boundary.
+    Here the last bit of an integer quotient says whether anything was left over, and one
+    integer-to-float conversion rounds. Zero, subnormal, infinite and NaN operands take the ordinary
+    division.
+    """
     bits_a, bits_b = (lax.bitcast_convert_type(v, jnp.int32) for v in (a, b))
     exponent_a, exponent_b = ((v >> 23) & 0xFF for v in (bits_a, bits_b))
     remainder, divisor = ((v & 0x7FFFFF) | 0x800000 for v in (bits_a, bits_b))

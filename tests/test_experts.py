@@ -597,7 +597,7 @@ UNFIT = [
     ),
     ("activation_scheme", constantly("dynamic"), ValueError, "activation_scheme is 'dynamic'"),
     ("layout", constantly("row-major"), ValueError, "experts.layout is 'row-major', expected one"),
-    ("layout", constantly("trtllm"), ValueError, r"experts.w13.data .* expected \(3, 128, 128\)"),
+    ("layout", constantly("trtllm"), ValueError, r"experts.w2.data .* expected \(3, 128, 128\)"),
     (
         "input_scale",
         lambda a: a[:, 0],
@@ -612,9 +612,9 @@ UNFIT = [
         r"experts.w13_bias has shape \(3, 32\), expected \(3, 64\)",
     ),
     ("w2_bias", lambda a: a[0], ValueError, r"experts.w2_bias has shape \(64,\), expected \(3, 64"),
-    ("hidden_size", constantly(128), ValueError, r"experts.w13.data has shape \(3, 64, 32\), exp"),
+    ("hidden_size", constantly(128), ValueError, r"experts.w2.data has shape \(3, 64, 16\), exp"),
     ("hidden_size", constantly(72), ValueError, "hidden_size=72"),
-    ("intermediate_size", constantly(48), ValueError, "experts.w13.data has shape"),
+    ("intermediate_size", constantly(48), ValueError, "experts.w2.data has shape"),
 ]
 
 

@@ -168,33 +168,51 @@ def random_normal_floats(rng, size):
     return (bits | (rng.integers(0, 2, size).astype(np.uint32) << 31)).view(F32)
 
 
+# What a CPU runs, and what the others do, which is plain integer arithmetic that runs here too.
+divisions = pytest.mark.parametrize("divide", [nvfp4.exact_divide, nvfp4._long_divide])
+
+
+@divisions
 @pytest.mark.parametrize("mode", ["eager", "jit"])
-def test_division_is_correctly_rounded(mode, rng):
+def test_division_is_correctly_rounded(mode, divide, rng):
     a, b = random_normal_floats(rng, 2**18), random_normal_floats(rng, 2**18)
     # Half of the pairs near each other, so that quotients are mostly in range.
     near = a.view(np.uint32) & 0xFF800000 | rng.integers(0, 1 << 23, a.shape).astype(np.uint32)
     b[::2] = near.view(F32)[::2]
-    assert_divides(run(mode, nvfp4.exact_divide, a, b), a, b)
+    assert_divides(run(mode, divide, a, b), a, b)
     # What the compilers make of it elsewhere, a product with the reciprocal, is told apart.
     with pytest.raises(AssertionError), np.errstate(all="ignore"):
         assert_divides(a * (np.float32(1) / b), a, b)
 
 
-def test_division_by_every_block_scale(rng):
+@divisions
+def test_division_by_every_block_scale(divide, rng):
     scales = finite_values(E4M3)[1:].astype(F32)
     gains = np.abs(random_normal_floats(rng, 2048))
     a, b = (np.ascontiguousarray(v) for v in np.broadcast_arrays(gains[:, None], scales))
-    assert_divides(run("jit", nvfp4.exact_divide, a, b), a, b)
-    assert_divides(run("jit", nvfp4.exact_divide, -b, a), -b, a)
+    assert_divides(run("jit", divide, a, b), a, b)
+    assert_divides(run("jit", divide, -b, a), -b, a)
 
 
+@divisions
+@pytest.mark.parametrize("constant", [2688, 3, 0.0013377, 7e9])
+def test_division_by_a_constant(constant, divide, rng):
+    """Compilers make a product of it."""
+    a, b = random_normal_floats(rng, 4096), np.full(4096, constant, F32)
+    assert_divides(run("jit", lambda a: divide(a, jnp.full_like(a, b[0])), a), a, b)
+    assert_divides(run("jit", lambda a: divide(jnp.full_like(a, b[0]), a), a), b, a)
+    with pytest.raises(AssertionError), np.errstate(all="ignore"):
+        assert_divides(a * (np.float32(1) / b), a, b)
+
+
+@divisions
 @pytest.mark.parametrize("mode", ["jit", "jit, constant"])
-def test_division_at_the_edges(mode):
+def test_division_at_the_edges(mode, divide):
     numbers = [TINY, np.nextafter(TINY, F32.type(1)), 1, 2688, np.nextafter(F32.type(2), 0), MAX]
     numbers = np.array([0, np.inf, np.nan, *numbers], F32)
     numbers = np.concatenate([numbers, -numbers])
     a, b = (v.ravel() for v in np.meshgrid(numbers, numbers))
-    assert_divides(run(mode, nvfp4.exact_divide, a, b), a, b)
+    assert_divides(run(mode, divide, a, b), a, b)
 
 
 def test_subnormal_operands_take_the_ordinary_division():
@@ -202,11 +220,11 @@ def test_subnormal_operands_take_the_ordinary_division():
     a, b = (v.ravel() for v in np.meshgrid(numbers, numbers))
     subnormal = (np.abs(a) < TINY) | (np.abs(b) < TINY)
     a, b = jnp.asarray(a[subnormal]), jnp.asarray(b[subnormal])
-    got, ordinary = jax.jit(lambda a, b: (nvfp4.exact_divide(a, b), a / b))(a, b)
+    got, ordinary = jax.jit(lambda a, b: (nvfp4._long_divide(a, b), a / b))(a, b)
     assert_same_bits(np.asarray(got), np.asarray(ordinary))
 
 
-_divide = jax.jit(nvfp4.exact_divide)
+_divide, _long_divide = jax.jit(nvfp4.exact_divide), jax.jit(nvfp4._long_divide)
 _normal_floats = hnp.arrays(F32, 8, elements=st.floats(width=32, allow_subnormal=False))
 
 
@@ -214,6 +232,7 @@ _normal_floats = hnp.arrays(F32, 8, elements=st.floats(width=32, allow_subnormal
 @given(_normal_floats, _normal_floats)
 def test_any_division(a, b):
     assert_divides(np.asarray(_divide(a, b)), a, b)
+    assert_divides(np.asarray(_long_divide(a, b)), a, b)
 
 
 def test_reciprocal_is_a_division(rng):
@@ -733,7 +752,7 @@ def test_same_bits_with_64_bit_types(rng):
     @jax.jit
     def roundings(a, b):
         rounded = [nvfp4.round_to(a, dtype) for dtype in (BF16, F16, E4M3)]
-        return [*rounded, nvfp4.e2m1_codes(a), nvfp4.exact_divide(a, b)]
+        return [*rounded, nvfp4.e2m1_codes(a), nvfp4.exact_divide(a, b), nvfp4._long_divide(a, b)]
 
     def everything():
         results = [nvm.quantize(x)]
