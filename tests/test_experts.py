@@ -597,7 +597,7 @@ UNFIT = [
     ),
     ("activation_scheme", constantly("dynamic"), ValueError, "activation_scheme is 'dynamic'"),
     ("layout", constantly("row-major"), ValueError, "experts.layout is 'row-major', expected one"),
-    ("layout", constantly("trtllm"), ValueError, r"experts.w2.data .* expected \(3, 128, 128\)"),
+    ("layout", constantly("trtllm"), ValueError, r"experts.w2.data .* expected \(3, 256, 32\)"),
     (
         "input_scale",
         lambda a: a[:, 0],

@@ -26,7 +26,7 @@ MAX, TINY = np.finfo(F32).max, np.finfo(F32).tiny
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], F32)
 E2M1_TIES = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], F32)
 
-FEW = settings(max_examples=40, deadline=None)
+FEW = settings(max_examples=40)
 in_each_mode = pytest.mark.parametrize("mode", ["eager", "jit", "jit, constant"])
 each_dtype = pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
 

@@ -118,7 +118,7 @@ def passes(got, want):
 
 @pytest.mark.parametrize(
     ("name", "jit"),
-    [*((name, True) for name in LAYERS), (LAYERS[0], False), (LAYERS[1], False)],
+    [*((name, True) for name in LAYERS), (LAYERS[0], False)],
     ids=lambda value: {True: "jit", False: "eager"}.get(value, value),
 )
 @pytest.mark.parametrize("form", ["torch", "triton"])
@@ -134,9 +134,8 @@ def test_layer(name, jit, form, golden):
 
 
 @pytest.mark.parametrize("target", ["trtllm", "cute_dsl"])
-@pytest.mark.parametrize("name", LAYERS[:3])
-def test_layer_in_other_layouts(name, target, golden):
-    data = golden(f"{name}_triton")
+def test_layer_in_other_layouts(target, golden):
+    data = golden(f"{LAYERS[0]}_triton")
     *tokens, experts = layer(data)
     want = nvm.nvfp4_moe_routed(*tokens, experts, numerics="vllm")
     got = nvm.nvfp4_moe_routed(*tokens, nvm.prepare(experts, target), numerics="vllm")

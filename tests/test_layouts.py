@@ -16,7 +16,7 @@ from jax_nvfp4_moe import layouts
 E4M3 = ml_dtypes.float8_e4m3fn
 KERNEL_LAYOUTS = {"trtllm": "trt", "cute_dsl": "cute"}  # and their prefix in the goldens
 PREP = {"prep_gated": True, "prep_relu2": False}
-SHORT = settings(max_examples=40, deadline=None)
+SHORT = settings(max_examples=40)
 
 in_every_way = pytest.mark.parametrize("way", ["numpy", "jax", "jit"])
 gated_or_not = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])

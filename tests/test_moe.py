@@ -357,9 +357,8 @@ def test_scan_over_layers_is_a_loop(tokens, scheme, rng):
     ("tokens", "dtype", "scheme", "numerics"),
     [
         (2, "bfloat16", "none", "kernel"),
-        (LARGE, "bfloat16", "static", "kernel"),
-        (LARGE, "bfloat16", "static", "vllm"),
-        (2, "float32", "static", "vllm"),
+        (2, "bfloat16", "static", "vllm"),
+        (LARGE, "float32", "static", "vllm"),
     ],
 )
 def test_router_weight_on_input(tokens, dtype, scheme, numerics, rng):
@@ -575,9 +574,7 @@ def uneven(layer):
     [
         (SMALL, 4, True, "static", "kernel"),
         (LARGE, 2, False, "static", "kernel"),
-        (LARGE, 4, True, "per_token", "kernel"),
-        (SMALL, 4, False, "none", "kernel"),
-        (LARGE, 2, True, "none", "kernel"),
+        (LARGE, 4, True, "none", "kernel"),
         (SMALL, 2, False, "static", "vllm"),
     ],
 )

@@ -108,7 +108,7 @@ def test_every_expert_selected(rng, method):
 tied = st.sampled_from([0.0, 0.5, 1.25, 3.0])
 
 
-@hypothesis.settings(deadline=None, derandomize=True, max_examples=40)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(
     st.lists(st.lists(tied, min_size=8, max_size=8), min_size=3, max_size=3),
     st.sampled_from(CONFIGS),
@@ -125,7 +125,7 @@ def test_all_equal(config, experts):
     np.testing.assert_array_equal(ids, np.tile(np.arange(config.top_k), (9, 1)))
 
 
-@hypothesis.settings(deadline=None, derandomize=True, max_examples=20)
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(st.data())
 def test_any_groups(data):
     n_group = data.draw(st.sampled_from([1, 2, 3, 8]), "n_group")

@@ -78,12 +78,11 @@ def test_dequantise_keeps_its_rounding(target, dtype):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    ("scheme", "numerics", "dtype"),
-    [(*preset, "bfloat16") for preset in PRESETS]
-    + [("static", "kernel", "float32")]
-    + [("none", "kernel", "float16"), ("static", "vllm", "float16")],
+    ("tokens", "scheme", "numerics", "dtype"),
+    [(tokens, *preset, "bfloat16") for tokens in (1, 128) for preset in PRESETS]
+    + [(1, "static", "kernel", "float32"), (128, "static", "kernel", "float32")]
+    + [(128, "none", "kernel", "float16"), (128, "static", "vllm", "float16")],
 )
-@pytest.mark.parametrize("tokens", [1, 128])
 def test_presets_keep_their_roundings(target, tokens, scheme, numerics, dtype):
     compiled = compile_layer(target, tokens, scheme, numerics, dtype, **SMALL)
     rounded = {name for r in compiled.roundings for name in re.findall(r"/round_(\w+)/", str(r))}
