@@ -17,6 +17,7 @@ size (all contenders together; run without peers to have the emulation's own).
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -43,17 +44,24 @@ PEERS = ("torch-all", "jax-bf16")
 def random_layer(sizes, scheme, seed=0):
     """Experts of random codes, and scales at which a token keeps its magnitude."""
     num_experts, _, hidden, intermediate = sizes
-    rng = np.random.default_rng(seed)
+    key = jax.random.key(seed, impl="rbg")
+
+    @functools.partial(jax.jit, static_argnums=(1, 2, 3))
+    def random_bytes(key, shape, low, high):
+        """Expert by expert, so that making them takes no more memory than they do."""
+
+        def one(key):
+            return jax.random.randint(key, shape, low, high, jnp.int32).astype(jnp.uint8)
+
+        return jax.lax.map(one, jax.random.split(key, num_experts))
 
     def matrix(rows, columns, gain, groups):
-        codes = np.empty((num_experts, rows, columns // 2), np.uint8)
-        for expert in codes:
-            expert[...] = np.frombuffer(rng.bytes(expert.size), np.uint8).reshape(expert.shape)
-        scale = rng.integers(0x60, 0x70, (num_experts, rows, columns // 16), dtype=np.uint8)
+        codes = random_bytes(jax.random.fold_in(key, rows), (rows, columns // 2), 0, 256)
+        scale = random_bytes(jax.random.fold_in(key, rows + 1), (rows, columns // 16), 0x60, 0x70)
         std = 3.2 * 40 * columns**0.5  # of a code, of a scale, of their sum
         return nvm.Nvfp4Array(
-            jnp.asarray(codes),
-            jax.lax.bitcast_convert_type(jnp.asarray(scale), jnp.float8_e4m3fn),
+            codes,
+            jax.lax.bitcast_convert_type(scale, jnp.float8_e4m3fn),
             jnp.full(groups, gain / std, jnp.float32),
         )
 
@@ -96,11 +104,14 @@ def ours(experts, numerics, tokens):
 
 
 def hit_experts(x, ids, weights, w13, w2, intermediate):
-    """The layer on bfloat16 matrices, as plain JAX: a product for each (token, slot)."""
+    """The layer on the bits of bfloat16 matrices: a product for each (token, slot)."""
+
+    def take(bits, expert):
+        return jax.lax.bitcast_convert_type(bits[expert], jnp.bfloat16)
 
     def pair(token, expert):
-        gate, up = jnp.split(w13[expert] @ x[token], [intermediate])
-        return (w2[expert] @ (jax.nn.silu(gate) * up)).astype(jnp.float32)
+        gate, up = jnp.split(take(w13, expert) @ x[token], [intermediate])
+        return (take(w2, expert) @ (jax.nn.silu(gate) * up)).astype(jnp.float32)
 
     def one(token):
         return jax.lax.map(lambda expert: pair(token, expert), ids[token])
@@ -110,7 +121,11 @@ def hit_experts(x, ids, weights, w13, w2, intermediate):
 
 
 def jax_bf16(experts, tokens):
-    w13, w2 = nvm.dequantize(experts.w13), nvm.dequantize(experts.w2)
+    # As integers: to slice bfloat16, XLA:CPU would widen every expert in every call.
+    w13, w2 = (
+        jax.lax.bitcast_convert_type(nvm.dequantize(w), jnp.uint16)
+        for w in (experts.w13, experts.w2)
+    )
 
     @jax.jit
     def run(x, ids, weights, w13, w2):
