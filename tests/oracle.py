@@ -3,7 +3,8 @@
 Written apart from the package: codes are looked up in a table, narrow types are ml_dtypes', each
 token goes through its experts alone. Sums, activations and scales are float64, so the oracle and
 an implementation differ by float32's error, except where that error carries a value across a
-rounding boundary on its way into GEMM2. Such *ties* are counted, and `resolve_ties` follows them.
+rounding boundary, on its way into GEMM2 or out of it. `resolve_ties` counts such *ties* and follows
+them.
 """
 
 import dataclasses
@@ -30,15 +31,20 @@ def rounded(values, dtype):
 
 
 def rounding_ties(row, dtype):
-    """The rows that `rounded(row, dtype)` would be with one tie rounded the other way."""
+    """The elements that might as well be rounded the other way, with what they then are."""
     if np.dtype(dtype) == np.float32:
         return []
-    value, others = rounded(row, dtype), []
-    for nudge in (1 - TIE, 1 + TIE):
-        moved = rounded(row * nudge, dtype)
-        for element in np.flatnonzero(moved != value):
-            others.append(value.copy())
-            others[-1][element] = moved[element]
+    value = rounded(row, dtype)
+    moved = [rounded(row * nudge, dtype) for nudge in (1 - TIE, 1 + TIE)]
+    return [(i, other[i]) for other in moved for i in np.flatnonzero(other != value)]
+
+
+def rounded_otherwise(row, dtype):
+    """The rows that `rounded(row, dtype)` would be with one tie rounded the other way."""
+    others = []
+    for element, value in rounding_ties(row, dtype):
+        others.append(rounded(row, dtype))
+        others[-1][element] = value
     return others
 
 
@@ -118,8 +124,10 @@ class Result:
     """The layer's output in float64, and what is needed to follow a tie."""
 
     out: np.ndarray  # [T, H]
-    ties: list  # (token, slot, GEMM2's operand with one tie rounded the other way)
-    redo: object  # (token, slot -> hidden row) -> output row
+    rows: list  # of each token: {slot: GEMM2's row before it is rounded}
+    hidden_ties: list  # (token, slot, that row if one tie of GEMM2's operand went the other way)
+    combine: object  # (token, {slot: rounded row}) -> output row
+    row_dtype: object  # what rows are rounded to
 
 
 def moe(
@@ -167,7 +175,7 @@ def moe(
 
     def operand(row, static_scale):
         if scheme == "none":
-            return rounded(row, dtype), rounding_ties(row, dtype)
+            return rounded(row, dtype), rounded_otherwise(row, dtype)
         if scheme == "per_token":
             amax = np.float32(np.abs(row).max())
             scale = np.float32(amax / np.float32(2688)) if amax > 0 else np.float32(1)
@@ -177,13 +185,13 @@ def moe(
 
     def second(index, hidden):
         _, w2, _, bias2 = expert(index)
-        return rounded(hidden @ w2.T + bias2, row_dtype)
+        return hidden @ w2.T + bias2
 
     def combine(token, rows):
         return sum(row if on_input else row * weights[token, slot] for slot, row in rows.items())
 
     out = np.zeros((len(x), experts.hidden_size))
-    all_rows, ties = {}, []
+    all_rows, ties = [], []
     for token in range(len(x)):
         rows = {}
         for slot, index in enumerate(ids[token]):
@@ -200,20 +208,18 @@ def moe(
                 # The scale is computed from bfloat16 rows, which float32 holds exactly.
                 both = (
                     rounded(hidden, ml_dtypes.bfloat16),
-                    *rounding_ties(hidden, ml_dtypes.bfloat16),
+                    *rounded_otherwise(hidden, ml_dtypes.bfloat16),
                 )
                 hidden, *nearly = (row.astype(np.float32) for row in both)
             value, others = operand(hidden, experts.hidden_scale)
             others += [operand(other, experts.hidden_scale)[0] for other in nearly]
             rows[slot] = second(index, value)
-            ties += [(token, slot, other) for other in others]
-        all_rows[token] = rows
-        out[token] = combine(token, rows) if rows else 0
+            ties += [(token, slot, second(index, other)) for other in others]
+        all_rows.append(rows)
+        nearest = {slot: rounded(row, row_dtype) for slot, row in rows.items()}
+        out[token] = combine(token, nearest) if rows else 0
 
-    def redo(token, slot, hidden):
-        return combine(token, {**all_rows[token], slot: second(ids[token, slot], hidden)})
-
-    return Result(out, ties, redo)
+    return Result(out, all_rows, ties, combine, row_dtype)
 
 
 def relative_l2(got, want):
@@ -222,11 +228,34 @@ def relative_l2(got, want):
 
 
 def resolve_ties(got, result):
-    """The oracle's output with each tie on the side that `got` took, and how many were taken."""
-    out, taken = result.out.copy(), 0
-    got = np.asarray(got, np.float64)
-    for token, slot, hidden in result.ties:
-        other = result.redo(token, slot, hidden)
-        if np.linalg.norm(got[token] - other) < np.linalg.norm(got[token] - out[token]):
-            out[token], taken = other, taken + 1
-    return out, taken
+    """Follows ties: the oracle's output with each on the side that `got` took.
+
+    Returns:
+        That output, how many ties were followed, and how many there are.
+    """
+    got, out = np.asarray(got, np.float64), result.out.copy()
+    taken = count = 0
+    dtype = result.row_dtype
+    nearest = [{slot: rounded(row, dtype) for slot, row in rows.items()} for rows in result.rows]
+
+    def try_row(token, slot, row):
+        nonlocal taken, count
+        count += 1
+        rows = {**nearest[token], slot: row}
+        other = result.combine(token, rows)
+        if np.linalg.norm(got[token] - other) >= np.linalg.norm(got[token] - out[token]):
+            return False
+        out[token], nearest[token], taken = other, rows, taken + 1
+        return True
+
+    exact = [dict(rows) for rows in result.rows]
+    for token, slot, row in result.hidden_ties:
+        if try_row(token, slot, rounded(row, dtype)):
+            exact[token][slot] = row
+    for token, rows in enumerate(exact):
+        for slot, row in rows.items():
+            for element, value in rounding_ties(row, dtype):
+                other = nearest[token][slot].copy()
+                other[element] = value
+                try_row(token, slot, other)
+    return out, taken, count
