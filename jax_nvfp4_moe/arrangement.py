@@ -75,8 +75,8 @@ def _from_linear(experts: ExpertWeights, layout: Layout) -> ExpertWeights:
 
     return dataclasses.replace(
         experts,
-        w13=_arranged(experts.w13, w13, layouts.swizzle_scales),
-        w2=_arranged(experts.w2, w2, layouts.swizzle_scales),
+        w13=_arranged(experts.w13, w13, after=layouts.swizzle_scales),
+        w2=_arranged(experts.w2, w2, after=layouts.swizzle_scales),
         layout=layout,
     )
 
@@ -103,26 +103,36 @@ def _to_linear(experts: ExpertWeights) -> ExpertWeights:
         return layouts.unswizzle_scales(scale, rows=scale.shape[-2], cols=scale.shape[-1])
 
     # The swizzle is undone first: rows are reordered and trimmed in the plain arrangement.
-    plain13 = dataclasses.replace(experts.w13, scale=unswizzle(experts.w13.scale))
-    plain2 = dataclasses.replace(experts.w2, scale=unswizzle(experts.w2.scale))
     return dataclasses.replace(
         experts,
-        w13=_arranged(plain13, w13, lambda scale: scale),
-        w2=_arranged(plain2, w2, lambda scale: scale),
+        w13=_arranged(experts.w13, w13, before=unswizzle),
+        w2=_arranged(experts.w2, w2, before=unswizzle),
         layout="linear",
     )
+
+
+def _same(array: Array) -> Array:
+    return array
 
 
 def _arranged(
     weights: Nvfp4Array,
     arrange: Callable[[Array, int], Array],
-    finish: Callable[[Array], Array],
+    *,
+    before: Callable[[Array], Array] = _same,
+    after: Callable[[Array], Array] = _same,
 ) -> Nvfp4Array:
-    """Applies one arrangement to codes (2 a byte) and scales (16 elements each)."""
+    """Applies one arrangement to codes (2 a byte) and scales (16 elements each).
+
+    `before` and `after` are for the scales alone, which are moved as bytes: XLA:CPU would widen
+    float8.
+    """
+    scale = before(lax.bitcast_convert_type(weights.scale, jnp.uint8))
+    scale = after(arrange(scale, BLOCK_SIZE))
     return dataclasses.replace(
         weights,
         data=arrange(weights.data, 2),
-        scale=finish(arrange(weights.scale, BLOCK_SIZE)),
+        scale=lax.bitcast_convert_type(scale, jnp.float8_e4m3fn),
     )
 
 

@@ -1,5 +1,7 @@
 """Builds NVFP4 experts from matrices in bfloat16, float16 or float32."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,8 +121,15 @@ def quantize_experts(
 
 @jax.jit
 def _quantize_each(weights: Array) -> Nvfp4Array:
-    # One expert at a time: the float32 copies that quantising makes are those of one expert.
-    return lax.map(quantize, weights)
+    # One expert at a time: the float32 copies that quantising makes are those of one expert. The
+    # loop sees integers, as XLA:CPU widens narrow floats that are sliced: all of them, every time.
+    def one(bits: Array) -> Nvfp4Array:
+        q = quantize(lax.bitcast_convert_type(bits, weights.dtype))
+        return dataclasses.replace(q, scale=lax.bitcast_convert_type(q.scale, jnp.uint8))
+
+    bits = lax.bitcast_convert_type(weights, jnp.dtype(f"uint{8 * weights.dtype.itemsize}"))
+    q = lax.map(one, bits)
+    return dataclasses.replace(q, scale=lax.bitcast_convert_type(q.scale, jnp.float8_e4m3fn))
 
 
 def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
