@@ -30,7 +30,9 @@ from tests.conformance import (
 )
 def test_matches_float64(case, implementation, rng, record_property):
     layer = make_layer(case, rng)
-    record_property("ties", check(run(layer, implementation), reference(layer)))
+    got, want = run(layer, implementation), reference(layer)
+    record_property("relative_l2", float(oracle.relative_l2(got, want.out)))
+    record_property("ties", check(got, want))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
