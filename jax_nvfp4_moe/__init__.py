@@ -10,6 +10,9 @@ from jax_nvfp4_moe.format import dequantize as dequantize
 from jax_nvfp4_moe.format import pack as pack
 from jax_nvfp4_moe.format import quantize as quantize
 from jax_nvfp4_moe.format import unpack as unpack
+from jax_nvfp4_moe.layer import Mlp as Mlp
+from jax_nvfp4_moe.layer import MoeLayer as MoeLayer
+from jax_nvfp4_moe.layer import Router as Router
 from jax_nvfp4_moe.moe import nvfp4_moe as nvfp4_moe
 from jax_nvfp4_moe.moe import nvfp4_moe_routed as nvfp4_moe_routed
 from jax_nvfp4_moe.quantization import quantize_experts as quantize_experts

@@ -172,6 +172,39 @@ def route(
     return ids, method.weigh(selected) * routing.scaling_factor
 
 
+def check_fits(routing: Routing, experts: int, of: str) -> None:
+    """Checks a router's configuration against a number of experts.
+
+    Args:
+      routing: the configuration.
+      experts: E.
+      of: what has them, for the messages.
+
+    Raises:
+      ValueError: `top_k` or the groups do not fit.
+    """
+    k, groups = routing.top_k, routing.n_group
+    if k > experts:
+        raise ValueError(
+            f"routing.top_k is {k}, but {of} has {experts} experts: expected at most {experts}"
+        )
+    if groups == 1:
+        return
+    size = experts // groups
+    if experts % groups or size < 2:
+        possible = [n for n in range(1, experts // 2 + 1) if experts % n == 0] or [1]
+        nearest = min(possible, key=lambda n: abs(n - groups))
+        raise ValueError(
+            f"routing.n_group is {groups}, but the {experts} experts of {of} "
+            f"do not form {groups} equal groups of at least 2: n_group={nearest} would"
+        )
+    if k > routing.topk_group * size:
+        raise ValueError(
+            f"routing.top_k is {k}, but topk_group = {routing.topk_group} groups of {size} experts "
+            f"hold {routing.topk_group * size}: topk_group={-(-k // size)} would do"
+        )
+
+
 def _keep_best_groups(ranked: Float[Array, "T E"], routing: Routing) -> Float[Array, "T E"]:
     """Gives the experts outside a token's best groups the score -inf.
 
@@ -220,27 +253,7 @@ def _check_logits(logits: Array, routing: Routing) -> None:
         raise ValueError(
             f"logits has shape {logits.shape}, expected [T, E]: a 2-D array of router logits{fold}"
         )
-    experts, k, groups = logits.shape[1], routing.top_k, routing.n_group
-    if k > experts:
-        raise ValueError(
-            f"routing.top_k is {k}, but logits {logits.shape} has {experts} experts: expected at "
-            f"most {experts}"
-        )
-    if groups == 1:
-        return
-    size = experts // groups
-    if experts % groups or size < 2:
-        possible = [n for n in range(1, experts // 2 + 1) if experts % n == 0] or [1]
-        nearest = min(possible, key=lambda n: abs(n - groups))
-        raise ValueError(
-            f"routing.n_group is {groups}, but the {experts} experts of logits {logits.shape} "
-            f"do not form {groups} equal groups of at least 2: n_group={nearest} would"
-        )
-    if k > routing.topk_group * size:
-        raise ValueError(
-            f"routing.top_k is {k}, but topk_group = {routing.topk_group} groups of {size} experts "
-            f"hold {routing.topk_group * size}: topk_group={-(-k // size)} would do"
-        )
+    check_fits(routing, logits.shape[1], f"logits {logits.shape}")
 
 
 def _check_bias(bias: Array, routing: Routing, experts: int) -> None:

@@ -12,7 +12,7 @@ from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
 from jax_nvfp4_moe.implementations import emulation
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
-from jax_nvfp4_moe.routing import Routing
+from jax_nvfp4_moe.routing import Routing, check_fits
 
 # In order of preference. None marks a name of the contract that this version does not carry.
 IMPLEMENTATIONS: MappingProxyType[str, Implementation | None] = MappingProxyType(
@@ -127,7 +127,7 @@ def explain(
 
     Args:
         experts: the layer; arrays, or `jax.ShapeDtypeStruct`s as from `jax.eval_shape`.
-        routing: for its `top_k`.
+        routing: how tokens are routed.
         tokens: T.
         activation: of the layer; None means "silu", or "relu2" for experts that are not gated.
         numerics: as in `nvfp4_moe`.
@@ -138,7 +138,7 @@ def explain(
 
     Raises:
         TypeError: `experts` or `routing` is not of its type.
-        ValueError: `tokens` is negative, `activation` or `routing.top_k` does not fit the experts,
+        ValueError: `tokens` is negative, `activation` or `routing` does not fit the experts,
             or no implementation can serve the call.
     """
     check_experts(experts)
@@ -151,11 +151,7 @@ def explain(
         raise TypeError(f"tokens is {described(tokens)}, expected an int: how many tokens, T")
     if tokens < 0:
         raise ValueError(f"tokens is {tokens}, expected 0 or more")
-    if routing.top_k > experts.num_experts:
-        raise ValueError(
-            f"routing.top_k is {routing.top_k}, expected at most {experts.num_experts}, as many as "
-            "there are experts"
-        )
+    check_fits(routing, experts.num_experts, "the layer")
     fitting = Activation.of(activation or ("silu" if experts.gated else "relu2"))
     check_options(fitting, experts, numerics, False, routing.top_k)
     call = Call(

@@ -1569,10 +1569,23 @@ MISTAKES = (
         title="more experts a token than there are",
         code='nvm.explain(experts, nvm.Routing("renormalize", top_k=9), tokens=4)',
         error="ValueError",
-        message="routing.top_k is 9, expected at most 8, as many as there are experts",
+        message="routing.top_k is 9, but the layer has 8 experts: expected at most 8",
         argument="routing",
         given="9",
         expected="expected at most 8",
+    ),
+    Mistake(
+        function="explain",
+        title="groups that do not divide the experts",
+        code='nvm.explain(experts, nvm.Routing("deepseek_v3", top_k=2, n_group=3), tokens=4)',
+        error="ValueError",
+        message=(
+            "routing.n_group is 3, but the 8 experts of the layer do not form 3 equal groups of at "
+            "least 2: n_group=2 would"
+        ),
+        argument="routing",
+        given="3",
+        expected="n_group=2 would",
     ),
     Mistake(
         function="explain",

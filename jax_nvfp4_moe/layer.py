@@ -1,0 +1,186 @@
+"""One whole mixture-of-experts block: router, experts and shared expert as a pytree.
+
+What a checkpoint's layer loads into, and what the Flax layers compute. `nvfp4_moe` is the part of
+it that is NVFP4's business; the rest is ordinary JAX.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_nvfp4_moe._messages import as_array
+from jax_nvfp4_moe.activations import Activation, activate
+from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.implementations.base import Numerics
+from jax_nvfp4_moe.moe import nvfp4_moe_routed
+from jax_nvfp4_moe.routing import Routing, route
+
+# A router's choice jumps where two scores cross: TPUs and GPUs are kept from bfloat16 and TF32.
+_matmul = functools.partial(
+    jnp.matmul, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("weight", "bias", "selection_bias", "input_scale", "expert_scale"),
+    meta_fields=("routing", "norm_eps"),
+)
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """From tokens to experts and weights; float32 inside.
+
+    Attributes:
+        weight: [E, H].
+        routing: how logits become experts and weights. Static.
+        bias: [E], added to the logits (gpt-oss), or None.
+        selection_bias: [E], takes part in the selection only (`e_score_correction_bias`), or None.
+        norm_eps: if not None, the router's input is divided by its root mean square, with this
+            epsilon (Gemma 4). Static.
+        input_scale: [H], multiplies the router's input after that, or None.
+        expert_scale: [E], multiplies the weights of the selected experts, or None.
+    """
+
+    weight: Float[Array, "E H"]
+    routing: Routing
+    bias: Float[Array, " E"] | None = None
+    selection_bias: Float[Array, " E"] | None = None
+    norm_eps: float | None = None
+    input_scale: Float[Array, " H"] | None = None
+    expert_scale: Float[Array, " E"] | None = None
+
+    def logits(self, x: Float[Array, "T H"]) -> Float32[Array, "T E"]:
+        """The scores of all experts, before `routing`."""
+        x = x.astype(jnp.float32)
+        if self.norm_eps is not None:
+            x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.norm_eps)
+        if self.input_scale is not None:
+            x = x * self.input_scale.astype(jnp.float32)[None, :]
+        logits = _matmul(x, self.weight.astype(jnp.float32).T)
+        return logits if self.bias is None else logits + self.bias.astype(jnp.float32)[None, :]
+
+    def __call__(self, x: Float[Array, "T H"]) -> tuple[Int32[Array, "T K"], Float32[Array, "T K"]]:
+        """Each token's experts, best first, and their weights."""
+        ids, weights = route(self.logits(x), self.routing, bias=self.selection_bias)
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale.astype(jnp.float32)[ids]
+        return ids, weights
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("gate", "up", "down"), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class Mlp:
+    """An unquantised shared expert.
+
+    Attributes:
+        gate: [I, H], or None if not gated.
+        up: [I, H].
+        down: [H, I].
+    """
+
+    gate: Float[Array, "I H"] | None
+    up: Float[Array, "I H"]
+    down: Float[Array, "H I"]
+
+    def __call__(self, x: Float[Array, "T H"], activation: Activation) -> Float32[Array, "T H"]:
+        """Operands in x's type, sums and activation in float32."""
+        halves = [self.up] if self.gate is None else [self.gate, self.up]
+        c1 = jnp.concatenate([_matmul(x, half.T.astype(x.dtype)) for half in halves], axis=-1)
+        hidden = activate(c1, activation).astype(x.dtype)
+        return _matmul(hidden, self.down.T.astype(x.dtype))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("router", "experts", "shared", "shared_gate"),
+    meta_fields=("activation", "router_weight_on_input"),
+)
+@dataclasses.dataclass(frozen=True)
+class MoeLayer:
+    """A mixture-of-experts block, called with tokens: ``y = layer(x)``.
+
+    Attributes:
+        router: chooses and weighs experts.
+        experts: the routed experts, in any layout.
+        activation: of the routed experts and of the shared one. Static.
+        shared: the expert that every token goes to: an `Mlp`, or, where the checkpoint has it in
+            NVFP4, `ExpertWeights` with E = 1. None if there is none.
+        shared_gate: [1, H]: the sigmoid of its product with a token weighs the shared expert
+            (Qwen3-Next). None means weight 1.
+        router_weight_on_input: as in `nvfp4_moe` (Llama 4). Static.
+    """
+
+    router: Router
+    experts: ExpertWeights
+    activation: Activation
+    shared: Mlp | ExpertWeights | None = None
+    shared_gate: Float[Array, "1 H"] | None = None
+    router_weight_on_input: bool = False
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch H"],
+        *,
+        router_input: Float[Array, "*batch H"] | None = None,
+        implementation: str | None = None,
+        output_dtype: Any = None,
+        axis_name: str | None = None,
+        numerics: Numerics = "kernel",
+    ) -> Float[Array, "*batch H"]:
+        """The block's output, without a residual.
+
+        Args:
+            x: tokens; leading axes are folded.
+            router_input: what the router sees, where that is not x (Gemma 4 normalises the two
+                apart).
+            implementation: as in `nvfp4_moe_routed`, as is every other argument.
+            output_dtype: routed and shared parts are summed in float32 and rounded to it once.
+            axis_name: the mesh axis over which the routed experts are split; the router and the
+                shared expert are computed on every device.
+            numerics: for the routed experts, and for a shared one in NVFP4.
+
+        Returns:
+            The shape of x, of `output_dtype`.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as `nvfp4_moe_routed`.
+        """
+        x = as_array("x", x)
+        tokens = x.reshape(-1, x.shape[-1])
+        seen = tokens if router_input is None else as_array("router_input", router_input)
+        ids, weights = self.router(seen.reshape(tokens.shape))
+        run = functools.partial(
+            nvfp4_moe_routed,
+            activation=self.activation,
+            implementation=implementation,
+            numerics=numerics,
+            output_dtype=jnp.float32,
+        )
+        y = run(
+            tokens,
+            ids,
+            weights,
+            self.experts,
+            axis_name=axis_name,
+            router_weight_on_input=self.router_weight_on_input,
+        )
+        if isinstance(self.shared, ExpertWeights):
+            alone = (tokens.shape[0], 1)
+            ids, weights = jnp.zeros(alone, jnp.int32), jnp.ones(alone, jnp.float32)
+            y = y + self._shared_weight(tokens) * run(tokens, ids, weights, self.shared)
+        elif self.shared is not None:
+            y = y + self._shared_weight(tokens) * self.shared(tokens, self.activation)
+        return y.reshape(x.shape).astype(x.dtype if output_dtype is None else output_dtype)
+
+    def _shared_weight(self, x: Float[Array, "T H"]) -> Float32[Array, "T 1"]:
+        if self.shared_gate is None:
+            return jnp.ones((x.shape[0], 1), jnp.float32)
+        gate = self.shared_gate.astype(jnp.float32)
+        return jax.nn.sigmoid(_matmul(x.astype(jnp.float32), gate.T))
