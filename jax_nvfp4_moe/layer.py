@@ -40,8 +40,8 @@ class Router:
         routing: how logits become experts and weights. Static.
         bias: [E], added to the logits (gpt-oss), or None.
         selection_bias: [E], takes part in the selection only (`e_score_correction_bias`), or None.
-        norm_eps: if not None, the router's input is divided by its root mean square, with this
-            epsilon (Gemma 4). Static.
+        norm_eps: if not None, the router's input is divided by sqrt(H) times its root mean square,
+            which has this epsilon, and so has length 1 (Gemma 4). Static.
         input_scale: [H], multiplies the router's input after that, or None.
         expert_scale: [E], multiplies the weights of the selected experts, or None.
     """
@@ -59,6 +59,7 @@ class Router:
         x = x.astype(jnp.float32)
         if self.norm_eps is not None:
             x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.norm_eps)
+            x = x * x.shape[-1] ** -0.5
         if self.input_scale is not None:
             x = x * self.input_scale.astype(jnp.float32)[None, :]
         logits = _matmul(x, self.weight.astype(jnp.float32).T)
@@ -99,7 +100,7 @@ class Mlp:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("router", "experts", "shared", "shared_gate"),
+    data_fields=("router", "experts", "shared", "shared_gate", "to_latent", "from_latent"),
     meta_fields=("activation", "router_weight_on_input"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,8 @@ class MoeLayer:
             NVFP4, `ExpertWeights` with E = 1. None if there is none.
         shared_gate: [1, H]: the sigmoid of its product with a token weighs the shared expert
             (Qwen3-Next). None means weight 1.
+        to_latent, from_latent: [L, H] and [H, L], where the routed experts work in a latent space
+            (Nemotron 3 Super), so that L is their hidden size; both or neither.
         router_weight_on_input: as in `nvfp4_moe` (Llama 4). Static.
     """
 
@@ -122,6 +125,8 @@ class MoeLayer:
     activation: Activation
     shared: Mlp | ExpertWeights | None = None
     shared_gate: Float[Array, "1 H"] | None = None
+    to_latent: Float[Array, "L H"] | None = None
+    from_latent: Float[Array, "H L"] | None = None
     router_weight_on_input: bool = False
 
     def __call__(
@@ -164,13 +169,14 @@ class MoeLayer:
             output_dtype=jnp.float32,
         )
         y = run(
-            tokens,
+            self._projected(tokens, self.to_latent).astype(x.dtype),
             ids,
             weights,
             self.experts,
             axis_name=axis_name,
             router_weight_on_input=self.router_weight_on_input,
         )
+        y = self._projected(y, self.from_latent)
         if isinstance(self.shared, ExpertWeights):
             alone = (tokens.shape[0], 1)
             ids, weights = jnp.zeros(alone, jnp.int32), jnp.ones(alone, jnp.float32)
@@ -178,6 +184,10 @@ class MoeLayer:
         elif self.shared is not None:
             y = y + self._shared_weight(tokens) * self.shared(tokens, self.activation)
         return y.reshape(x.shape).astype(x.dtype if output_dtype is None else output_dtype)
+
+    @staticmethod
+    def _projected(x: Float[Array, "T H"], weight: Float[Array, "L H"] | None) -> Array:
+        return x if weight is None else _matmul(x, weight.T.astype(x.dtype))
 
     def _shared_weight(self, x: Float[Array, "T H"]) -> Float32[Array, "T 1"]:
         if self.shared_gate is None:

@@ -15,7 +15,8 @@ PUBLIC = {
 
 NOT_NEEDED = """
 import sys
-foreign = {"torch", "flashinfer", "tvm_ffi", "flax", "triton"} & set(sys.modules)
+foreign = {"torch", "flashinfer", "tvm_ffi", "triton", "flax", "orbax", "safetensors", "tqdm"}
+foreign &= set(sys.modules)
 assert not foreign, foreign
 """
 

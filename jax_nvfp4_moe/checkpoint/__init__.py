@@ -1,0 +1,15 @@
+"""NVFP4 checkpoints in ModelOpt's and compressed-tensors' formats: load, save, convert, quantise.
+
+Needs the extra `checkpoint` (safetensors, tqdm), imported only when a function is called.
+"""
+
+from jax_nvfp4_moe.checkpoint.errors import CheckpointError as CheckpointError
+from jax_nvfp4_moe.checkpoint.errors import ConfigError as ConfigError
+from jax_nvfp4_moe.checkpoint.errors import MissingInputScaleError as MissingInputScaleError
+from jax_nvfp4_moe.checkpoint.errors import ScaleError as ScaleError
+from jax_nvfp4_moe.checkpoint.errors import ShardError as ShardError
+from jax_nvfp4_moe.checkpoint.errors import TensorError as TensorError
+from jax_nvfp4_moe.checkpoint.errors import UnsupportedCheckpointError as UnsupportedCheckpointError
+from jax_nvfp4_moe.checkpoint.loading import Checkpoint as Checkpoint
+from jax_nvfp4_moe.checkpoint.loading import load_checkpoint as load_checkpoint
+from jax_nvfp4_moe.checkpoint.loading import load_experts as load_experts

@@ -1,0 +1,100 @@
+"""compressed-tensors' quantisation configuration, read and written.
+
+It stands in ``config.json`` under "quantization_config" (compressed-tensors@0.20.0:
+compressed_tensors/quantization/quant_scheme.py). Targets and exceptions are module names, classes,
+or, with "re:" before them, regular expressions for the beginning of a name.
+"""
+
+import re
+from typing import Any
+
+from jax_nvfp4_moe.checkpoint.errors import ConfigError, UnsupportedCheckpointError
+from jax_nvfp4_moe.checkpoint.scheme import Rule, Scheme, check_group_size, expected
+from jax_nvfp4_moe.experts import ActivationScheme
+from jax_nvfp4_moe.format import BLOCK_SIZE
+
+_FORMAT = "nvfp4-pack-quantized"
+
+
+def scheme(settings: dict[str, Any], source: str) -> Scheme:
+    """The scheme that a configuration describes.
+
+    Args:
+        settings: what stands under "quantization_config".
+        source: the file's name, for messages.
+
+    Raises:
+        ConfigError: it is malformed.
+        UnsupportedCheckpointError: no group is NVFP4.
+    """
+    groups = expected(settings.get("config_groups"), dict, "config_groups", source)
+    ignored = expected(settings.get("ignore") or [], list, "ignore", source)
+    rules = [Rule(_pattern(name, source), None, None) for name in ignored]
+    for name, value in groups.items():
+        group = expected(value, dict, f"config_groups[{name!r}]", source)
+        format_ = group.get("format") or settings.get("format")
+        found = _activation_scheme(group, source) if format_ == _FORMAT else None
+        for target in expected(group.get("targets"), list, "targets", source):
+            rules.append(Rule(_pattern(target, source), found, str(format_)))
+    if not any(rule.activation_scheme for rule in rules):
+        raise UnsupportedCheckpointError(
+            f"{source}: format is {settings.get('format')!r}, expected {_FORMAT!r}, of 4-bit floats"
+        )
+    return Scheme("compressed-tensors", tuple(rules), source)
+
+
+def _activation_scheme(group: dict[str, Any], source: str) -> ActivationScheme | None:
+    weights = expected(group.get("weights"), dict, "weights", source)
+    if (weights.get("num_bits"), weights.get("type")) != (4, "float"):
+        return None
+    check_group_size(weights.get("group_size"), source)
+    inputs = group.get("input_activations")
+    if inputs is None:
+        return "none"
+    inputs = expected(inputs, dict, "input_activations", source)
+    if (inputs.get("num_bits"), inputs.get("type")) != (4, "float"):
+        return None
+    check_group_size(inputs.get("group_size"), source)
+    # "local": block scales are computed from the activations, the global scale is calibrated.
+    return "per_token" if inputs.get("dynamic") is True else "static"
+
+
+def _pattern(name: Any, source: str) -> re.Pattern[str]:
+    name = expected(name, str, "a target or an exception", source)
+    if name.startswith("re:"):
+        try:
+            return re.compile(f"(?:{name[3:]}).*")
+        except re.error as error:
+            raise ConfigError(f"{source}: {name!r} is not a regular expression: {error}") from None
+    # A class: experts' matrices are linear layers wherever this format is written.
+    return re.compile(".*" if name == "Linear" else re.escape(name))
+
+
+def settings(activation_scheme: ActivationScheme, ignored: list[str]) -> dict[str, Any]:
+    """What to write under "quantization_config": the inverse of `scheme` for one group.
+
+    Args:
+        activation_scheme: "static", "per_token" or "none".
+        ignored: the modules that are not in NVFP4, by name or "re:" and an expression.
+    """
+    numbers = {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": BLOCK_SIZE,
+        "symmetric": True,
+    }
+    inputs = {**numbers, "dynamic": "local" if activation_scheme == "static" else True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**numbers, "dynamic": False},
+        "input_activations": None if activation_scheme == "none" else inputs,
+        "format": _FORMAT,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": _FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ignored,
+    }

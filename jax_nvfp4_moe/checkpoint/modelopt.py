@@ -1,0 +1,105 @@
+"""NVIDIA ModelOpt's quantisation configuration, read and written.
+
+It stands in ``hf_quant_config.json``, under "quantization", or in ``config.json`` under
+"quantization_config", in two spellings (nvidia-modelopt@0.47.0:modelopt/torch/export/
+convert_hf_config.py). Patterns of excluded modules are those of `fnmatch`; what excludes a module
+excludes what is in it.
+"""
+
+import fnmatch
+import re
+from typing import Any
+
+from jax_nvfp4_moe.checkpoint.errors import ConfigError, UnsupportedCheckpointError
+from jax_nvfp4_moe.checkpoint.scheme import Rule, Scheme, check_group_size, expected
+from jax_nvfp4_moe.experts import ActivationScheme
+from jax_nvfp4_moe.format import BLOCK_SIZE
+
+_ALGORITHMS: dict[str, ActivationScheme] = {"NVFP4": "static", "W4A16_NVFP4": "none"}
+
+
+def scheme(settings: dict[str, Any], source: str) -> Scheme:
+    """The scheme that a configuration describes.
+
+    Args:
+        settings: what stands under "quantization" or "quantization_config".
+        source: the file's name, for messages.
+
+    Raises:
+        ConfigError: it is malformed.
+        UnsupportedCheckpointError: nothing in it is NVFP4.
+    """
+    algorithm = expected(settings.get("quant_algo"), str, "quant_algo", source)
+    excluded = settings.get("exclude_modules", settings.get("ignore")) or []
+    excluded = expected(excluded, list, "the list of excluded modules", source)
+    rules = [
+        Rule(_pattern(expected(name, str, "an excluded module", source)), None, None)
+        for name in excluded
+    ]
+    if algorithm == "MIXED_PRECISION":
+        layers = expected(settings.get("quantized_layers"), dict, "quantized_layers", source)
+        for name, value in layers.items():
+            layer = expected(value, dict, f"quantized_layers[{name!r}]", source)
+            rules.append(_rule(_pattern(name), layer, layer.get("quant_algo"), source))
+    else:
+        rules.append(_rule(re.compile(".*"), settings, algorithm, source))
+    if not any(rule.activation_scheme for rule in rules):
+        raise UnsupportedCheckpointError(
+            f"{source}: quant_algo is {algorithm!r}, expected one of {', '.join(_ALGORITHMS)}, or "
+            "MIXED_PRECISION with one of them"
+        )
+    return Scheme("modelopt", tuple(rules), source)
+
+
+def _rule(pattern: re.Pattern[str], settings: dict[str, Any], algorithm: Any, source: str) -> Rule:
+    found = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
+    if found is None:
+        return Rule(pattern, None, str(algorithm))
+    groups = expected(settings.get("config_groups", {}), dict, "config_groups", source)
+    groups = [expected(group, dict, "a group", source) for group in groups.values()]
+    weights = [expected(group.get("weights", {}), dict, "weights", source) for group in groups]
+    for holder in (settings, *weights):
+        check_group_size(holder.get("group_size", BLOCK_SIZE), source)
+    # As vLLM reads it (vllm@0.33.0:vllm/model_executor/layers/quantization/modelopt.py:797-811).
+    if groups and all(group.get("input_activations") is None for group in groups):
+        found = "none"
+    return Rule(pattern, found, str(algorithm))
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(f"(?:{fnmatch.translate(name)})|(?:{fnmatch.translate(name + '.*')})")
+
+
+def settings(activation_scheme: ActivationScheme, excluded: list[str]) -> dict[str, Any]:
+    """What to write under "quantization": the inverse of `scheme` for one algorithm.
+
+    Args:
+        activation_scheme: "static" or "none": the format has no name for "per_token".
+        excluded: patterns of the modules that are not in NVFP4.
+    """
+    names = {scheme: name for name, scheme in _ALGORITHMS.items()}
+    if activation_scheme not in names:
+        raise ConfigError(
+            f"activation_scheme is {activation_scheme!r}, which ModelOpt's format cannot say: "
+            "write 'static' with calibrated scales, or 'none', and choose 'per_token' on loading"
+        )
+    return {
+        "quant_algo": names[activation_scheme],
+        "kv_cache_quant_algo": None,
+        "group_size": BLOCK_SIZE,
+        "exclude_modules": excluded,
+    }
+
+
+def config_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same in the spelling of ``config.json``'s "quantization_config"."""
+    numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK_SIZE}
+    group: dict[str, Any] = {"weights": numbers, "targets": ["Linear"]}
+    if settings["quant_algo"] == "NVFP4":
+        group = {"input_activations": numbers, **group}
+    return {
+        "config_groups": {"group_0": group},
+        "ignore": settings["exclude_modules"],
+        "quant_algo": settings["quant_algo"],
+        "quant_method": "modelopt",
+    }

@@ -1,0 +1,169 @@
+"""A checkpoint directory as one thing: its config, family, quantisation and tensors."""
+
+import functools
+import os
+import re
+from typing import Any
+
+from jax_nvfp4_moe.checkpoint import compressed_tensors, modelopt
+from jax_nvfp4_moe.checkpoint.errors import (
+    CheckpointError,
+    ConfigError,
+    TensorError,
+    UnsupportedCheckpointError,
+)
+from jax_nvfp4_moe.checkpoint.families import ExpertNames, Family, family_of, text_config
+from jax_nvfp4_moe.checkpoint.files import TensorFiles, read_json
+from jax_nvfp4_moe.checkpoint.matrices import ExpertTensors, listed
+from jax_nvfp4_moe.checkpoint.scheme import MODELOPT, Scheme, expected
+from jax_nvfp4_moe.experts import ActivationScheme
+from jax_nvfp4_moe.routing import check_fits
+
+
+class Source:
+    """An opened checkpoint: what its JSON files say and what its headers show, no values.
+
+    Attributes:
+        files: its tensors.
+        config: its config.json.
+        family: that of its model.
+        sizes: the model's dimensions.
+        routing: the router's configuration.
+        activation: that of its experts.
+        scheme: its quantisation, or None.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Reads the JSON files and all headers.
+
+        Raises:
+            FileNotFoundError: there is no such path.
+            CheckpointError: as `TensorFiles`; or a JSON file is missing or malformed, or the
+                family or the quantisation is unknown.
+        """
+        self.files = TensorFiles(path)
+        self.config = read_json(self.files.directory / "config.json")
+        self.scheme = _scheme(self.files, self.config)
+        self.family: Family = family_of(self.config)
+        try:
+            self.sizes = self.family.sizes(self.config)
+            self.routing = self.family.routing(self.config)
+            self.activation = self.family.activation(self.config)
+            self.norm_eps = self.family.norm_eps(self.config)
+            check_fits(self.routing, self.sizes.num_experts, "config.json")
+        except CheckpointError:
+            raise
+        except (TypeError, ValueError) as error:  # of Routing and Activation
+            raise ConfigError(f"config.json of {self.files.directory}: {error}") from None
+
+    @functools.cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have experts, without what predicts further tokens after the last one.
+
+        Raises:
+            ConfigError: the config has more layers than the tensors.
+        """
+        present = {
+            int(found[1]) for name in self.files if (found := re.search(r"\.layers\.(\d+)\.", name))
+        }
+        if absent := [layer for layer in range(self.sizes.num_layers) if layer not in present]:
+            raise ConfigError(
+                f"config.json has {self.sizes.num_layers} layers, but no tensor of "
+                f"{self.files.directory} is of layer {absent[0]}"
+            )
+        return tuple(layer for layer in range(self.sizes.num_layers) if self._place(layer))
+
+    def experts(self, layer: int) -> ExpertTensors:
+        """The matrices of a layer's routed experts.
+
+        Raises:
+            TensorError: the layer has none.
+        """
+        place = self._place(layer)
+        if place is None:
+            having = [str(n) for n in range(self.sizes.num_layers) if self._place(n)]
+            raise TensorError(
+                f"layer {layer} of {self.files.directory} has no experts of {self.family.name}: "
+                f"there are some in layers {listed(having) if having else '(none)'}"
+            )
+        block, names = place
+        return self._tensors(
+            block, names, self.sizes.num_experts, self.sizes.expert_hidden_size,
+            self.sizes.intermediate_size,
+        )  # fmt: skip
+
+    def shared(self, layer: int) -> ExpertTensors | None:
+        """The matrices of a layer's shared expert, as one expert; None if the family has none."""
+        if self.family.shared is None or not self.sizes.shared_intermediate_size:
+            return None
+        block = self.experts(layer).block
+        return self._tensors(
+            block, self.family.shared, 1, self.sizes.hidden_size,
+            self.sizes.shared_intermediate_size,
+        )  # fmt: skip
+
+    def activation_scheme(self, tensors: ExpertTensors) -> ActivationScheme | None:
+        """What the configuration says of the activations of some experts; None: not quantised.
+
+        Raises:
+            ConfigError: the configuration says one thing and the tensors are another.
+            UnsupportedCheckpointError: they are quantised in another way than NVFP4.
+        """
+        module = tensors.module("up")
+        rule = None if self.scheme is None else self.scheme.rule_for(module)
+        said = None if rule is None else rule.activation_scheme
+        if rule is not None and said is None and rule.algorithm is not None:
+            raise UnsupportedCheckpointError(
+                f"{module} is in {rule.algorithm}, by its configuration; expected NVFP4"
+            )
+        if tensors.quantized != (said is not None):
+            where = "there is no quantisation in the configuration"
+            if self.scheme is not None:
+                where = f"{self.scheme.source} says that they {'are' if said else 'are not'}"
+            raise ConfigError(
+                f"the tensors of {module} are {'in NVFP4' if tensors.quantized else 'not in NVFP4'}"
+                f", but {where}"
+            )
+        return said
+
+    def _tensors(self, block: str, names: ExpertNames, *sizes: int) -> ExpertTensors:
+        parts = MODELOPT if self.scheme is None else self.scheme.parts
+        return ExpertTensors(self.files, block, names, parts, *sizes)
+
+    def _place(self, layer: int) -> tuple[str, ExpertNames] | None:
+        """The block that a layer's experts are in, and how they are named there."""
+        for block in self.family.block_names(layer):
+            for names in self.family.experts:
+                tensors = self._tensors(block, names, 1, 1, 1)
+                wanted = {tensors.tensor("up", part) for part in (tensors.parts.data, "weight")}
+                if any(name in self.files for name in wanted):
+                    return block, names
+        return None
+
+
+def _scheme(files: TensorFiles, config: dict[str, Any]) -> Scheme | None:
+    """The quantisation, from where either format keeps it."""
+    where = files.directory / "config.json"
+    found = config.get("quantization_config") or text_config(config).get("quantization_config")
+    separate = files.directory / "hf_quant_config.json"
+    beside = None
+    if separate.is_file():
+        beside = expected(
+            read_json(separate).get("quantization"), dict, "quantization", str(separate)
+        )
+    if found is None:
+        return None if beside is None else modelopt.scheme(beside, str(separate))
+    settings = expected(found, dict, "quantization_config", str(where))
+    method = settings.get("quant_method")
+    if method == "compressed-tensors":
+        return compressed_tensors.scheme(settings, str(where))
+    if method not in ("modelopt", "modelopt_fp4", None):
+        raise UnsupportedCheckpointError(
+            f"{where}: quant_method is {method!r}, expected 'modelopt' or 'compressed-tensors'"
+        )
+    if beside is not None and beside.get("quant_algo") != settings.get("quant_algo"):
+        raise ConfigError(
+            f"{where} has quant_algo {settings.get('quant_algo')!r}, {separate.name} has "
+            f"{beside.get('quant_algo')!r}: expected the same"
+        )
+    return modelopt.scheme(settings, str(where))
