@@ -3,6 +3,7 @@
 Needs the extra `checkpoint` (safetensors, tqdm), imported only when a function is called.
 """
 
+from jax_nvfp4_moe.checkpoint.conversion import convert_checkpoint as convert_checkpoint
 from jax_nvfp4_moe.checkpoint.errors import CheckpointError as CheckpointError
 from jax_nvfp4_moe.checkpoint.errors import ConfigError as ConfigError
 from jax_nvfp4_moe.checkpoint.errors import MissingInputScaleError as MissingInputScaleError
@@ -13,3 +14,5 @@ from jax_nvfp4_moe.checkpoint.errors import UnsupportedCheckpointError as Unsupp
 from jax_nvfp4_moe.checkpoint.loading import Checkpoint as Checkpoint
 from jax_nvfp4_moe.checkpoint.loading import load_checkpoint as load_checkpoint
 from jax_nvfp4_moe.checkpoint.loading import load_experts as load_experts
+from jax_nvfp4_moe.checkpoint.quantizing import quantize_checkpoint as quantize_checkpoint
+from jax_nvfp4_moe.checkpoint.saving import save_checkpoint as save_checkpoint

@@ -16,6 +16,7 @@ from jax_nvfp4_moe.checkpoint.errors import (
 )
 from jax_nvfp4_moe.checkpoint.matrices import FLOATS, ExpertTensors, listed, mismatch, missing
 from jax_nvfp4_moe.checkpoint.options import Advance, Options
+from jax_nvfp4_moe.checkpoint.scheme import MODELOPT
 from jax_nvfp4_moe.checkpoint.source import Source
 from jax_nvfp4_moe.experts import ActivationScheme, ExpertWeights, check_experts
 from jax_nvfp4_moe.format import Nvfp4Array
@@ -143,6 +144,81 @@ class QuantizedExperts:
         return None if biases is None else self._placed(biases)
 
 
+class PlainTensors:
+    """The plan of a block's tensors that are no expert's: all floating point.
+
+    Attributes:
+        names: the tensors it takes, by what they are.
+    """
+
+    def __init__(self, source: Source, layer: int) -> None:
+        """Plans.
+
+        Raises:
+            TensorError: one is missing, or of another dtype or shape.
+        """
+        self._source = source
+        family, sizes, block = source.family, source.sizes, source.place(layer)[0]
+        experts, hidden, latent = sizes.num_experts, sizes.hidden_size, sizes.expert_hidden_size
+        to_latent, from_latent = family.latent or (None, None)
+        in_latent = latent != hidden
+        wanted = {
+            "router": (family.router, (experts, hidden)),
+            "router_bias": (family.router_bias, (experts,)),
+            "selection_bias": (family.selection_bias, (experts,)),
+            "router_scale": (family.router_scale, (hidden,)),
+            "expert_scale": (family.expert_scale, (experts,)),
+            "shared_gate": (family.shared_gate, (1, hidden)),
+            "to_latent": (to_latent if in_latent else None, (latent, hidden)),
+            "from_latent": (from_latent if in_latent else None, (hidden, latent)),
+        }
+        self.names = {}
+        for what, (name, shape) in wanted.items():
+            if name is None:
+                continue
+            full = f"{block}.{name}"
+            if full not in source.files:
+                raise missing([full], what.replace("_", " "))
+            info = source.files[full]
+            if info.dtype not in FLOATS or info.shape != shape:
+                raise mismatch(full, info, FLOATS, str(shape))
+            self.names[what] = full
+
+    def read(self, options: Options, advance: Advance) -> tuple[Router, dict[str, Array]]:
+        """The router, and the rest by what it is.
+
+        Raises:
+            TensorError: a value is not finite.
+        """
+        source = self._source
+        read = {
+            what: read_plain(source, name, options, advance) for what, name in self.names.items()
+        }
+        router = Router(
+            weight=read.pop("router"),
+            routing=source.routing,
+            bias=read.pop("router_bias", None),
+            selection_bias=read.pop("selection_bias", None),
+            norm_eps=source.norm_eps,
+            input_scale=read.pop("router_scale", None),
+            expert_scale=read.pop("expert_scale", None),
+        )
+        return router, read
+
+
+def read_plain(source: Source, name: str, options: Options, advance: Advance) -> Array:
+    """A floating-point tensor, on every device.
+
+    Raises:
+        TensorError: a value is not finite.
+    """
+    values = source.files.array(name)
+    if not np.isfinite(values).all():
+        raise TensorError(f"{name} has NaN or infinite values")
+    advance(values.nbytes)
+    return options.whole(values)
+
+
 class Block:
     """The plan of a `MoeLayer`.
 
@@ -159,48 +235,18 @@ class Block:
         """
         self._source, self._options = source, options
         self._experts = QuantizedExperts(source, source.experts(layer), options)
-        self._block = source.experts(layer).block
-        self._plain = self._plan_plain()
+        self._plain = PlainTensors(source, layer)
         self._shared = source.shared(layer)
         self._shared_experts = None
-        self.names = self._experts.names | set(self._plain.values())
+        self.names = self._experts.names | set(self._plain.names.values())
         if self._shared is None:
-            pass
-        elif source.activation_scheme(self._shared) is not None:
+            return
+        if source.activation_scheme(self._shared) is not None:
             self._shared_experts = QuantizedExperts(source, self._shared, options, alone=True)
             self.names |= self._shared_experts.names
         else:
             self._shared.check_unquantized()
-            self.names |= set(self._shared.tensors(self._shared.roles, "weight"))
-
-    def _plan_plain(self) -> dict[str, str]:
-        """The tensors that are no expert's, by what they are; all of them floating point."""
-        family, sizes = self._source.family, self._source.sizes
-        experts, hidden, latent = sizes.num_experts, sizes.hidden_size, sizes.expert_hidden_size
-        to_latent, from_latent = family.latent or (None, None)
-        in_latent = latent != hidden
-        wanted = {
-            "router": (family.router, (experts, hidden)),
-            "router_bias": (family.router_bias, (experts,)),
-            "selection_bias": (family.selection_bias, (experts,)),
-            "router_scale": (family.router_scale, (hidden,)),
-            "expert_scale": (family.expert_scale, (experts,)),
-            "shared_gate": (family.shared_gate, (1, hidden)),
-            "to_latent": (to_latent if in_latent else None, (latent, hidden)),
-            "from_latent": (from_latent if in_latent else None, (hidden, latent)),
-        }
-        plan = {}
-        for what, (name, shape) in wanted.items():
-            if name is None:
-                continue
-            full = f"{self._block}.{name}"
-            if full not in self._source.files:
-                raise missing([full], what.replace("_", " "))
-            info = self._source.files[full]
-            if info.dtype not in FLOATS or info.shape != shape:
-                raise mismatch(full, info, FLOATS, str(shape))
-            plan[what] = full
-        return plan
+            self.names |= set(self._shared.tensors(self._shared.roles, MODELOPT.data))
 
     def read(self, advance: Advance) -> MoeLayer:
         """Reads, and checks values.
@@ -208,25 +254,14 @@ class Block:
         Raises:
             CheckpointError: a value is not what it can be.
         """
-        plain = {what: self._read_plain(name, advance) for what, name in self._plain.items()}
-        family = self._source.family
+        router, plain = self._plain.read(self._options, advance)
         return MoeLayer(
-            router=Router(
-                weight=plain["router"],
-                routing=self._source.routing,
-                bias=plain.get("router_bias"),
-                selection_bias=plain.get("selection_bias"),
-                norm_eps=self._source.norm_eps,
-                input_scale=plain.get("router_scale"),
-                expert_scale=plain.get("expert_scale"),
-            ),
+            router=router,
             experts=self._experts.read(advance),
             activation=self._source.activation,
             shared=self._read_shared(advance),
-            shared_gate=plain.get("shared_gate"),
-            to_latent=plain.get("to_latent"),
-            from_latent=plain.get("from_latent"),
-            router_weight_on_input=family.router_weight_on_input,
+            router_weight_on_input=self._source.family.router_weight_on_input,
+            **plain,
         )
 
     def _read_shared(self, advance: Advance) -> Mlp | ExpertWeights | None:
@@ -234,13 +269,10 @@ class Block:
             return self._shared_experts.read(advance)
         if self._shared is None:
             return None
-        by_role = {role: self._shared.tensor(role, "weight") for role in self._shared.roles}
-        read = {role: self._read_plain(name, advance) for role, name in by_role.items()}
+        read = {
+            role: read_plain(
+                self._source, self._shared.tensor(role, MODELOPT.data), self._options, advance
+            )
+            for role in self._shared.roles
+        }
         return Mlp(gate=read.get("gate"), up=read["up"], down=read["down"])
-
-    def _read_plain(self, name: str, advance: Advance) -> Array:
-        values = self._source.files.array(name)
-        if not np.isfinite(values).all():
-            raise TensorError(f"{name} has NaN or infinite values")
-        advance(values.nbytes)
-        return self._options.whole(values)

@@ -40,7 +40,7 @@ def scheme(settings: dict[str, Any], source: str) -> Scheme:
         raise UnsupportedCheckpointError(
             f"{source}: format is {settings.get('format')!r}, expected {_FORMAT!r}, of 4-bit floats"
         )
-    return Scheme("compressed-tensors", tuple(rules), source)
+    return Scheme("compressed-tensors", tuple(rules), source, settings)
 
 
 def _activation_scheme(group: dict[str, Any], source: str) -> ActivationScheme | None:
@@ -63,19 +63,23 @@ def _pattern(name: Any, source: str) -> re.Pattern[str]:
     name = expected(name, str, "a target or an exception", source)
     if name.startswith("re:"):
         try:
-            return re.compile(f"(?:{name[3:]}).*")
-        except re.error as error:
+            expression = re.compile(name[3:]).pattern  # by itself: what follows may complete it
+            return re.compile(f"(?:{expression}).*")
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(f"{source}: {name!r} is not a regular expression: {error}") from None
     # A class: experts' matrices are linear layers wherever this format is written.
     return re.compile(".*" if name == "Linear" else re.escape(name))
 
 
-def settings(activation_scheme: ActivationScheme, ignored: list[str]) -> dict[str, Any]:
+def settings(
+    activation_scheme: ActivationScheme, ignored: list[str], kv_cache: str | None
+) -> dict[str, Any]:
     """What to write under "quantization_config": the inverse of `scheme` for one group.
 
     Args:
         activation_scheme: "static", "per_token" or "none".
         ignored: the modules that are not in NVFP4, by name or "re:" and an expression.
+        kv_cache: None or "FP8".
     """
     numbers = {
         "num_bits": 4,
@@ -91,10 +95,12 @@ def settings(activation_scheme: ActivationScheme, ignored: list[str]) -> dict[st
         "input_activations": None if activation_scheme == "none" else inputs,
         "format": _FORMAT,
     }
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
     return {
         "quant_method": "compressed-tensors",
         "format": _FORMAT,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": ignored,
+        "kv_cache_scheme": None if kv_cache is None else {**cache, "symmetric": True},
     }

@@ -159,6 +159,11 @@ class Family:
     required: tuple[tuple[str, Any], ...] = ()
     fixed: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def split_names(self) -> ExpertNames:
+        """Of `experts`, the first by which every expert has tensors of its own."""
+        return next(names for names in self.experts if not names.stacked)
+
     def block_names(self, layer: int) -> tuple[str, ...]:
         """All that a layer's block may be called."""
         layers = [prefix.format(layer=layer) for prefix in _LAYERS]

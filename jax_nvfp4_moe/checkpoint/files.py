@@ -5,6 +5,7 @@ file, mapped on request and for as long as the view lives, so that a process's m
 is copying and not the files it has read.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -55,17 +56,14 @@ class TensorInfo:
         shape: its shape.
         file: the file.
         offset: of its first byte in the file.
+        nbytes: of the whole tensor.
     """
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
     offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return math.prod(self.shape) * self.numpy_dtype.itemsize
+    nbytes: int
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -127,7 +125,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         """A read-only view of a tensor, or of the part of it at some leading indices.
 
         Raises:
-            TensorError: the tensor has a dtype that NumPy lacks.
+            TensorError: the tensor has a dtype or a shape that NumPy lacks.
         """
         info = self[name]
         if info.dtype not in DTYPES:
@@ -137,12 +135,17 @@ class TensorFiles(Mapping[str, TensorInfo]):
         for index, length in zip(leading, info.shape, strict=False):
             items = items * length + index
         offset = info.offset + items * math.prod(shape) * info.numpy_dtype.itemsize
-        if math.prod(shape) == 0:
-            return np.empty(shape, info.numpy_dtype)
         # As bytes: np.memmap wants the offset of a typed map to be what it is not always, aligned.
         size = math.prod(shape) * info.numpy_dtype.itemsize
-        raw = np.memmap(info.file, np.uint8, mode="r", offset=offset, shape=(size,))
-        return np.asarray(raw).view(info.numpy_dtype).reshape(shape)
+        raw = np.empty(0, np.uint8)  # which cannot be mapped
+        if size:
+            raw = np.memmap(info.file, np.uint8, mode="r", offset=offset, shape=(size,))
+        try:
+            return np.asarray(raw).view(info.numpy_dtype).reshape(shape)
+        except ValueError as error:  # too many axes, or, beside one of length 0, too long ones
+            raise TensorError(
+                f"{name} has shape {info.shape}, which NumPy cannot hold: {error}"
+            ) from None
 
     def array(self, name: str) -> np.ndarray:
         """A whole tensor, read into memory."""
@@ -183,27 +186,43 @@ def _listed(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except OSError:  # a name too long for the system
+        there = False
+    if not there:
         raise ShardError(f"{file} is missing, or is not a file")
     safetensors = require("safetensors")
     try:
         # Checks lengths, offsets and dtypes; what follows may rely on them.
         with safetensors.safe_open(file, "numpy"):
             pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            entries = json.loads(stream.read(length), object_pairs_hook=_once)
+        entries.pop("__metadata__", None)
+        return {name: _info(file, 8 + length, entry) for name, entry in entries.items()}
     except Exception as error:
         raise ShardError(
             f"{file} ({file.stat().st_size} bytes) is truncated or malformed: {error}"
         ) from error
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        entries = json.loads(stream.read(length))
-    entries.pop("__metadata__", None)
-    return {
-        name: TensorInfo(
-            entry["dtype"], tuple(entry["shape"]), file, 8 + length + entry["data_offsets"][0]
-        )
-        for name, entry in entries.items()
-    }
+
+
+def _info(file: Path, start: int, entry: Any) -> TensorInfo:
+    if not isinstance(entry, dict):  # which the library lets pass, with fields by position
+        raise ValueError(f"a tensor is described by {entry!r:.80}, expected an object")
+    begin, end = entry["data_offsets"]
+    return TensorInfo(entry["dtype"], tuple(entry["shape"]), file, start + begin, end - begin)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no name comes twice: readers differ on which one holds."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"{twice!r:.80} is there twice")
+    return found
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -217,7 +236,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if file.stat().st_size > _LARGEST_JSON:
         raise ConfigError(f"{file} has {file.stat().st_size} bytes, too many for what it is")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not JSON: {error}") from None
     if not isinstance(found, dict):

@@ -2,20 +2,22 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jax_nvfp4_moe._messages import described
+from jax_nvfp4_moe.checkpoint._progress import progress_bar
 from jax_nvfp4_moe.checkpoint.blocks import Block, QuantizedExperts
-from jax_nvfp4_moe.checkpoint.errors import UnsupportedCheckpointError
-from jax_nvfp4_moe.checkpoint.files import require
-from jax_nvfp4_moe.checkpoint.options import Advance, InputScale, OnMissing, Options
+from jax_nvfp4_moe.checkpoint.errors import TensorError, UnsupportedCheckpointError
+from jax_nvfp4_moe.checkpoint.families import ExpertNames
+from jax_nvfp4_moe.checkpoint.files import DTYPES, TensorInfo
+from jax_nvfp4_moe.checkpoint.options import InputScale, OnMissing, Options
 from jax_nvfp4_moe.checkpoint.source import Source
 from jax_nvfp4_moe.experts import ActivationScheme, ExpertWeights
 from jax_nvfp4_moe.layer import MoeLayer
@@ -29,12 +31,16 @@ class Checkpoint:
         layers: its mixture-of-experts blocks, by decoder layer.
         tensors: everything else, by its name on disk and as it is there.
         config: its config.json.
+        hf_quant_config: its hf_quant_config.json, or None.
+        places: for each layer, the block's name and how its experts are named in it.
         directory: where it came from; `save_checkpoint` copies tokenizer and other files.
     """
 
     layers: Mapping[int, MoeLayer]
     tensors: Mapping[str, Array]
     config: Mapping[str, Any]
+    hf_quant_config: Mapping[str, Any] | None
+    places: Mapping[int, tuple[str, ExpertNames]]
     directory: Path
 
 
@@ -83,7 +89,7 @@ def load_experts(
         raise TypeError(f"layer is {described(layer)}, expected an int: a decoder layer, from 0")
     source = Source(path)
     experts = QuantizedExperts(source, source.experts(int(layer)), options)
-    with _bar(progress, experts.nbytes) as advance:
+    with progress_bar("Loading", progress, experts.nbytes) as advance:
         return experts.read(advance)
 
 
@@ -129,23 +135,32 @@ def load_checkpoint(
         )
     taken = {name for block in blocks.values() for name in block.names}
     others = [name for name in source.files if name not in taken]
-    with _bar(progress, sum(info.nbytes for info in source.files.values())) as advance:
+    for name in others:
+        _check_holds(name, source.files[name])
+    with progress_bar(
+        "Loading", progress, sum(info.nbytes for info in source.files.values())
+    ) as advance:
         layers = {layer: block.read(advance) for layer, block in blocks.items()}
         tensors = {}
         for name in others:
             tensors[name] = options.whole(source.files.array(name))
             advance(source.files[name].nbytes)
-    return Checkpoint(layers, tensors, source.config, source.files.directory)
+    return Checkpoint(
+        layers=layers,
+        tensors=tensors,
+        config=source.config,
+        hf_quant_config=source.hf_quant_config,
+        places={layer: source.place(layer) for layer in blocks},
+        directory=source.files.directory,
+    )
 
 
-@contextmanager
-def _bar(show: bool | None, nbytes: int) -> Iterator[Advance]:
-    tqdm = require("tqdm").tqdm
-    with tqdm(
-        total=nbytes,
-        unit="B",
-        unit_scale=True,
-        desc="Loading",
-        disable=None if show is None else not show,  # None: where there is no terminal
-    ) as bar:
-        yield bar.update
+def _check_holds(name: str, info: TensorInfo) -> None:
+    """Raises TensorError where JAX would take another dtype, and other values, without a word."""
+    if info.dtype not in DTYPES:
+        raise TensorError(f"{name} has dtype {info.dtype}, which NumPy and JAX cannot hold")
+    if jax.dtypes.canonicalize_dtype(info.numpy_dtype) != info.numpy_dtype:
+        raise TensorError(
+            f"{name} has dtype {info.dtype}, which JAX holds only with 64-bit types: "
+            "jax.config.update('jax_enable_x64', True)"
+        )

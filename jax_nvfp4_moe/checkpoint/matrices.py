@@ -89,6 +89,7 @@ class ExpertTensors:
 
     def check_quantized(self) -> None:
         """Checks that all data and scales are there with the right dtypes and shapes."""
+        self._check_sizes()
         for role in self.roles:
             self._check(role, self.parts.data, ("U8",), 2)
             self._check(role, self.parts.scale, ("F8_E4M3",), BLOCK_SIZE)
@@ -98,6 +99,20 @@ class ExpertTensors:
             raise TensorError(
                 f"{surplus} is there, but config.json says there are {self.num_experts} experts"
             )
+
+    def _check_sizes(self) -> None:
+        # Before anything of that length is made.
+        if not self.names.stacked and self.num_experts > len(self.files):
+            raise TensorError(
+                f"{self.block} has {self.num_experts} experts by config.json, but there are only "
+                f"{len(self.files)} tensors in all"
+            )
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(self, name) % BLOCK_SIZE:
+                raise TensorError(
+                    f"{self.block} has experts with {name} {getattr(self, name)} by config.json, "
+                    f"expected a multiple of {BLOCK_SIZE}"
+                )
 
     def check_unquantized(self) -> None:
         """Checks that all weights are there in bfloat16, float16 or float32."""

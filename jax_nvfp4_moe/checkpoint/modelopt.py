@@ -48,7 +48,7 @@ def scheme(settings: dict[str, Any], source: str) -> Scheme:
             f"{source}: quant_algo is {algorithm!r}, expected one of {', '.join(_ALGORITHMS)}, or "
             "MIXED_PRECISION with one of them"
         )
-    return Scheme("modelopt", tuple(rules), source)
+    return Scheme("modelopt", tuple(rules), source, settings)
 
 
 def _rule(pattern: re.Pattern[str], settings: dict[str, Any], algorithm: Any, source: str) -> Rule:
@@ -70,12 +70,26 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(f"(?:{fnmatch.translate(name)})|(?:{fnmatch.translate(name + '.*')})")
 
 
-def settings(activation_scheme: ActivationScheme, excluded: list[str]) -> dict[str, Any]:
+def kv_cache(settings: dict[str, Any]) -> str | None:
+    """How the KV cache is quantised, by either spelling; not this package's business, but kept."""
+    scheme = settings.get("kv_cache_scheme")
+    if isinstance(scheme, dict):
+        return "FP8" if (scheme.get("num_bits"), scheme.get("type")) == (8, "float") else "other"
+    return settings.get("kv_cache_quant_algo") or scheme
+
+
+def settings(
+    activation_scheme: ActivationScheme, excluded: list[str], kv_cache: str | None
+) -> dict[str, Any]:
     """What to write under "quantization": the inverse of `scheme` for one algorithm.
 
     Args:
         activation_scheme: "static" or "none": the format has no name for "per_token".
         excluded: patterns of the modules that are not in NVFP4.
+        kv_cache: None or "FP8".
+
+    Raises:
+        ConfigError: the activation scheme is "per_token".
     """
     names = {scheme: name for name, scheme in _ALGORITHMS.items()}
     if activation_scheme not in names:
@@ -85,7 +99,7 @@ def settings(activation_scheme: ActivationScheme, excluded: list[str]) -> dict[s
         )
     return {
         "quant_algo": names[activation_scheme],
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": kv_cache,
         "group_size": BLOCK_SIZE,
         "exclude_modules": excluded,
     }
@@ -97,9 +111,12 @@ def config_json(settings: dict[str, Any]) -> dict[str, Any]:
     group: dict[str, Any] = {"weights": numbers, "targets": ["Linear"]}
     if settings["quant_algo"] == "NVFP4":
         group = {"input_activations": numbers, **group}
-    return {
+    written = {
         "config_groups": {"group_0": group},
         "ignore": settings["exclude_modules"],
         "quant_algo": settings["quant_algo"],
         "quant_method": "modelopt",
     }
+    if settings["kv_cache_quant_algo"] is not None:
+        written["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    return written

@@ -70,11 +70,13 @@ class Scheme:
         format: which of the two.
         rules: the first that matches a module is its own; none means unquantised.
         source: the file that says so, for messages.
+        settings: what it says, all of it.
     """
 
     format: Format
     rules: tuple[Rule, ...]
     source: str
+    settings: dict[str, Any]
 
     @property
     def parts(self) -> Parts:

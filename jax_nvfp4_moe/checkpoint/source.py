@@ -12,7 +12,7 @@ from jax_nvfp4_moe.checkpoint.errors import (
     TensorError,
     UnsupportedCheckpointError,
 )
-from jax_nvfp4_moe.checkpoint.families import ExpertNames, Family, family_of, text_config
+from jax_nvfp4_moe.checkpoint.families import ExpertNames, Family, Sizes, family_of, text_config
 from jax_nvfp4_moe.checkpoint.files import TensorFiles, read_json
 from jax_nvfp4_moe.checkpoint.matrices import ExpertTensors, listed
 from jax_nvfp4_moe.checkpoint.scheme import MODELOPT, Scheme, expected
@@ -26,6 +26,7 @@ class Source:
     Attributes:
         files: its tensors.
         config: its config.json.
+        hf_quant_config: its hf_quant_config.json, or None.
         family: that of its model.
         sizes: the model's dimensions.
         routing: the router's configuration.
@@ -43,38 +44,58 @@ class Source:
         """
         self.files = TensorFiles(path)
         self.config = read_json(self.files.directory / "config.json")
-        self.scheme = _scheme(self.files, self.config)
-        self.family: Family = family_of(self.config)
+        separate = self.files.directory / "hf_quant_config.json"
+        self.hf_quant_config = read_json(separate) if separate.is_file() else None
         try:
-            self.sizes = self.family.sizes(self.config)
+            self.scheme = scheme_of(self.config, self.hf_quant_config)
+            self.family: Family = family_of(self.config)
+            self.sizes = _positive(self.family.sizes(self.config))
             self.routing = self.family.routing(self.config)
             self.activation = self.family.activation(self.config)
             self.norm_eps = self.family.norm_eps(self.config)
             check_fits(self.routing, self.sizes.num_experts, "config.json")
         except CheckpointError:
             raise
-        except (TypeError, ValueError) as error:  # of Routing and Activation
+        # Of Routing and Activation, or of a value of no type that it can have.
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ConfigError(f"config.json of {self.files.directory}: {error}") from None
 
     @functools.cached_property
+    def _present(self) -> list[int]:
+        """The layers that have tensors, without what predicts further tokens after the last one."""
+        found = (re.search(r"\.layers\.([0-9]{1,9})\.", name) for name in self.files)
+        present = {int(match[1]) for match in found if match}
+        return sorted(layer for layer in present if layer < self.sizes.num_layers)
+
+    @functools.cached_property
     def layers(self) -> tuple[int, ...]:
-        """The layers that have experts, without what predicts further tokens after the last one.
+        """The layers that have experts.
 
         Raises:
             ConfigError: the config has more layers than the tensors.
         """
-        present = {
-            int(found[1]) for name in self.files if (found := re.search(r"\.layers\.(\d+)\.", name))
-        }
-        if absent := [layer for layer in range(self.sizes.num_layers) if layer not in present]:
+        if len(self._present) < self.sizes.num_layers:
+            gaps = (n for n, layer in enumerate(self._present) if n != layer)
             raise ConfigError(
                 f"config.json has {self.sizes.num_layers} layers, but no tensor of "
-                f"{self.files.directory} is of layer {absent[0]}"
+                f"{self.files.directory} is of layer {next(gaps, len(self._present))}"
             )
-        return tuple(layer for layer in range(self.sizes.num_layers) if self._place(layer))
+        return tuple(layer for layer in self._present if self._place(layer))
 
     def experts(self, layer: int) -> ExpertTensors:
         """The matrices of a layer's routed experts.
+
+        Raises:
+            TensorError: the layer has none.
+        """
+        block, names = self.place(layer)
+        sizes = self.sizes
+        return self._tensors(
+            block, names, sizes.num_experts, sizes.expert_hidden_size, sizes.intermediate_size
+        )
+
+    def place(self, layer: int) -> tuple[str, ExpertNames]:
+        """The name of the block that a layer's experts are in, and how they are named there.
 
         Raises:
             TensorError: the layer has none.
@@ -86,11 +107,7 @@ class Source:
                 f"layer {layer} of {self.files.directory} has no experts of {self.family.name}: "
                 f"there are some in layers {listed(having) if having else '(none)'}"
             )
-        block, names = place
-        return self._tensors(
-            block, names, self.sizes.num_experts, self.sizes.expert_hidden_size,
-            self.sizes.intermediate_size,
-        )  # fmt: skip
+        return place
 
     def shared(self, layer: int) -> ExpertTensors | None:
         """The matrices of a layer's shared expert, as one expert; None if the family has none."""
@@ -131,7 +148,6 @@ class Source:
         return ExpertTensors(self.files, block, names, parts, *sizes)
 
     def _place(self, layer: int) -> tuple[str, ExpertNames] | None:
-        """The block that a layer's experts are in, and how they are named there."""
         for block in self.family.block_names(layer):
             for names in self.family.experts:
                 tensors = self._tensors(block, names, 1, 1, 1)
@@ -141,29 +157,39 @@ class Source:
         return None
 
 
-def _scheme(files: TensorFiles, config: dict[str, Any]) -> Scheme | None:
-    """The quantisation, from where either format keeps it."""
-    where = files.directory / "config.json"
+def scheme_of(config: dict[str, Any], hf_quant_config: dict[str, Any] | None) -> Scheme | None:
+    """The quantisation, from where either format keeps it; None if there is none.
+
+    Raises:
+        ConfigError: what is there is malformed, or the two files disagree.
+        UnsupportedCheckpointError: it is another quantisation.
+    """
     found = config.get("quantization_config") or text_config(config).get("quantization_config")
-    separate = files.directory / "hf_quant_config.json"
-    beside = None
-    if separate.is_file():
-        beside = expected(
-            read_json(separate).get("quantization"), dict, "quantization", str(separate)
-        )
+    where, beside = "config.json", "hf_quant_config.json"
+    separate = None
+    if hf_quant_config is not None:
+        separate = expected(hf_quant_config.get("quantization"), dict, "quantization", beside)
     if found is None:
-        return None if beside is None else modelopt.scheme(beside, str(separate))
-    settings = expected(found, dict, "quantization_config", str(where))
+        return None if separate is None else modelopt.scheme(separate, beside)
+    settings = expected(found, dict, "quantization_config", where)
     method = settings.get("quant_method")
-    if method == "compressed-tensors":
-        return compressed_tensors.scheme(settings, str(where))
-    if method not in ("modelopt", "modelopt_fp4", None):
+    if method not in ("compressed-tensors", "modelopt", "modelopt_fp4", None):
         raise UnsupportedCheckpointError(
             f"{where}: quant_method is {method!r}, expected 'modelopt' or 'compressed-tensors'"
         )
-    if beside is not None and beside.get("quant_algo") != settings.get("quant_algo"):
+    if separate is not None and separate.get("quant_algo") != settings.get("quant_algo"):
         raise ConfigError(
-            f"{where} has quant_algo {settings.get('quant_algo')!r}, {separate.name} has "
-            f"{beside.get('quant_algo')!r}: expected the same"
+            f"{where} has quant_algo {settings.get('quant_algo')!r}, {beside} has "
+            f"{separate.get('quant_algo')!r}: expected the same"
         )
-    return modelopt.scheme(settings, str(where))
+    if method == "compressed-tensors":
+        return compressed_tensors.scheme(settings, where)
+    return modelopt.scheme(settings, where)
+
+
+def _positive(sizes: Sizes) -> Sizes:
+    for name, value in vars(sizes).items():
+        least = 0 if name == "shared_intermediate_size" else 1
+        if value < least:
+            raise ConfigError(f"config.json makes {name} {value}, expected at least {least}")
+    return sizes
