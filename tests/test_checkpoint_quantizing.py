@@ -134,7 +134,7 @@ def test_bad_samples(rng, tmp_path, calibration, error, message):
 
 
 def test_quantized_already(tmp_path):
-    with pytest.raises(CheckpointError, match="layer 0 of .* is quantised already"):
+    with pytest.raises(CheckpointError, match=r"layer 0 of .* is quantised already"):
         quantize_checkpoint(GOLDENS / "families" / "mixtral", tmp_path / "nvfp4")
 
 
