@@ -14,3 +14,4 @@ def progress_bar(what: str, show: bool | None, nbytes: int) -> Iterator[Callable
         desc=what, total=nbytes, unit="B", unit_scale=True, unit_divisor=1024, disable=disable
     ) as bar:
         yield bar.update
+        bar.update(nbytes - bar.n)  # what is too small to be told of

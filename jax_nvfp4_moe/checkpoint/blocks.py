@@ -62,6 +62,8 @@ class QuantizedExperts:
         found = (name for part in every for name in tensors.tensors(tensors.roles, part))
         self.names = {name for name in found if name in tensors.files}
         self.nbytes = sum(tensors.files[name].nbytes for name in self.names)
+        bulk = {name for part in every[:2] for name in tensors.tensors(tensors.roles, part)}
+        self._rest = sum(tensors.files[name].nbytes for name in self.names - bulk)
         if beside := [name for name in tensors.beside() if name not in self.names]:
             raise UnsupportedCheckpointError(
                 f"{listed(beside)} {'are' if len(beside) > 1 else 'is'} beside the experts' "
@@ -113,6 +115,7 @@ class QuantizedExperts:
             activation_scheme=self._scheme,
             layout="linear",
         )
+        advance(self._rest)
         check_experts(experts)
         return experts
 

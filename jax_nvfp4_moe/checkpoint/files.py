@@ -8,6 +8,7 @@ is copying and not the files it has read.
 import collections
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -244,13 +245,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def require(module: str) -> Any:
-    """A module of the extra `checkpoint`, imported only when it is needed."""
+def require(module: str, *, extra: str = "checkpoint") -> Any:
+    """A module of one of the package's extras, imported only when it is needed."""
     try:
-        return __import__(module)
+        return importlib.import_module(module)
     except ImportError:
         raise ImportError(
-            f"{module} is not installed: pip install 'jax_nvfp4_moe[checkpoint]'"
+            f"{module} is not installed: pip install 'jax_nvfp4_moe[{extra}]'"
         ) from None
 
 

@@ -94,8 +94,9 @@ class ExpertTensors:
             self._check(role, self.parts.data, ("U8",), 2)
             self._check(role, self.parts.scale, ("F8_E4M3",), BLOCK_SIZE)
         self.check_scalars(self.parts.global_scale)
+        first = self.tensor("up", self.parts.scale)
         surplus = self.tensor("up", self.parts.scale, self.num_experts)
-        if not self.names.stacked and surplus in self.files:
+        if surplus != first and surplus in self.files:
             raise TensorError(
                 f"{surplus} is there, but config.json says there are {self.num_experts} experts"
             )
@@ -195,7 +196,7 @@ class ExpertTensors:
                     continue
                 matrix = self.matrix(role, part, expert)
                 if part == self.parts.scale:
-                    self._check_scales(role, expert, matrix)
+                    self.check_scales(role, expert, matrix)
                 piece = out[row, start - rows.start : stop - rows.start]
                 begin = number * height
                 piece[...] = matrix[start - begin : stop - begin, cols.start : cols.stop]
@@ -220,8 +221,8 @@ class ExpertTensors:
             expert, column = np.argwhere(bad)[0]
             name = self.tensor(roles[column], part, int(expert))
             raise ScaleError(
-                f"{name} is {out[expert, column]}, expected a finite scale above 0; {bad.sum()} of "
-                f"{bad.size} like it are not"
+                f"{name} is {out[expert, column]!s}, expected a finite scale above 0; {bad.sum()} "
+                f"of {bad.size} like it are not"
             )
         return decoded
 
@@ -259,7 +260,12 @@ class ExpertTensors:
             return rows[("gate", "up").index(role) :: 2]
         return np.split(rows, 2)[("gate", "up").index(role)]
 
-    def _check_scales(self, role: str, expert: int, scales: np.ndarray) -> None:
+    def check_scales(self, role: str, expert: int, scales: np.ndarray) -> None:
+        """Checks a matrix's block scales.
+
+        Raises:
+            ScaleError: one is NaN or negative, or zero for a block with codes that are not.
+        """
         bits = scales.view(np.uint8)
         nan, negative = (bits & 0x7F) == 0x7F, bits > 0x80
         if nan.any() or negative.any():

@@ -69,7 +69,15 @@ class Options:
     ) -> Array:
         """An array split over experts, its first axis: `read` is asked for each device's share."""
         sharding = self._sharding(P(self.expert_axis))
-        return jax.make_array_from_callback(shape, sharding, read, dtype=dtype)  # pyright: ignore
+        shares: dict[str, np.ndarray] = {}
+
+        def share(index: Index) -> np.ndarray:
+            # Over another axis, devices hold the same one.
+            if str(index) not in shares:
+                shares[str(index)] = read(index)
+            return shares[str(index)]
+
+        return jax.make_array_from_callback(shape, sharding, share, dtype=dtype)  # pyright: ignore
 
     def _sharding(self, spec: P) -> Sharding:
         if self.mesh is not None:

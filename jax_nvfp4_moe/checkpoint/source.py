@@ -15,7 +15,7 @@ from jax_nvfp4_moe.checkpoint.errors import (
 from jax_nvfp4_moe.checkpoint.families import ExpertNames, Family, Sizes, family_of, text_config
 from jax_nvfp4_moe.checkpoint.files import TensorFiles, read_json
 from jax_nvfp4_moe.checkpoint.matrices import ExpertTensors, listed
-from jax_nvfp4_moe.checkpoint.scheme import MODELOPT, Scheme, expected
+from jax_nvfp4_moe.checkpoint.scheme import MODELOPT, PARTS, Scheme, expected
 from jax_nvfp4_moe.experts import ActivationScheme
 from jax_nvfp4_moe.routing import check_fits
 
@@ -151,7 +151,7 @@ class Source:
         for block in self.family.block_names(layer):
             for names in self.family.experts:
                 tensors = self._tensors(block, names, 1, 1, 1)
-                wanted = {tensors.tensor("up", part) for part in (tensors.parts.data, "weight")}
+                wanted = {tensors.tensor("up", parts.data) for parts in PARTS.values()}
                 if any(name in self.files for name in wanted):
                     return block, names
         return None

@@ -1,0 +1,241 @@
+"""The command line: look at a checkpoint, check it, convert it, make one.
+
+Exit codes: 0 all is well; 1 something is wrong with the checkpoint; 2 the command was not
+understood; 3 a file is missing, in the way, or cannot be read or written.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jax_nvfp4_moe
+from jax_nvfp4_moe import checkpoint
+from jax_nvfp4_moe.checkpoint import CheckpointError
+from jax_nvfp4_moe.checkpoint.files import TensorFiles
+from jax_nvfp4_moe.checkpoint.inspection import LayerReport, Report, inspect_checkpoint
+
+_UNSOUND, _FILES = 1, 3
+
+_directory = click.argument("path", type=click.Path(path_type=Path))
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+_progress = click.option(
+    "--progress/--no-progress", default=None, help="Show a progress bar; by default on a terminal."
+)
+_format = click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["modelopt", "compressed-tensors"]),
+    default="modelopt",
+    show_default=True,
+    help="The format to write.",
+)
+
+
+@click.group(epilog="Exit codes: 0 well, 1 a bad checkpoint, 2 usage, 3 files.")
+@click.version_option(jax_nvfp4_moe.__version__, package_name="jax_nvfp4_moe")
+def main() -> None:
+    """NVFP4 mixture-of-experts checkpoints."""
+
+
+@main.command()
+@_directory
+@_json
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw histograms of block scales, and of errors with --original.",
+)
+@click.option(
+    "--original",
+    type=click.Path(path_type=Path),
+    help="The unquantised checkpoint it was made of.",
+)
+@click.option("--headers", is_flag=True, help="Do not read scales and codes.")
+@_progress
+def inspect(
+    path: Path,
+    as_json: bool,
+    plot: Path | None,
+    original: Path | None,
+    headers: bool,
+    progress: bool | None,
+) -> None:
+    """Show the layers of a checkpoint: experts, schemes, ranges of scales, problems."""
+    if headers and (plot is not None or original is not None):
+        raise click.UsageError("--headers reads no values, which --plot and --original need")
+    with _plain_errors():
+        report = inspect_checkpoint(path, values=not headers, original=original, progress=progress)
+        if plot is not None:
+            from jax_nvfp4_moe.checkpoint.plotting import plot_report  # noqa: PLC0415
+
+            plot_report(report, plot)
+    _print(report, as_json)
+
+
+@main.command()
+@_directory
+@_json
+@_progress
+def validate(path: Path, as_json: bool, progress: bool | None) -> None:
+    """Read everything that loading would check; exit with 1 if anything is wrong."""
+    with _plain_errors():
+        report = inspect_checkpoint(path, progress=progress)
+    if as_json:
+        click.echo(json.dumps({"sound": report.sound, "problems": _problems(report)}, indent=2))
+    else:
+        for problem in _problems(report):
+            click.echo(problem)
+        click.echo(f"{path}: {'sound' if report.sound else 'not sound'}")
+    sys.exit(0 if report.sound else _UNSOUND)
+
+
+@main.command()
+@_directory
+@click.argument("output", type=click.Path(path_type=Path))
+@_format
+@_json
+@_progress
+def convert(path: Path, output: Path, format_: Any, as_json: bool, progress: bool | None) -> None:
+    """Write a checkpoint again at OUTPUT, in one format or the other."""
+    with _plain_errors():
+        checkpoint.convert_checkpoint(path, output, format=format_, progress=progress)
+    _print_written(output, format_, as_json)
+
+
+@main.command()
+@_directory
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help=(
+        "A safetensors file of sample activations: a tensor [T, H] for each layer, named by its "
+        "number, of what enters its block; for Gemma 4 also <number>.router. Without it "
+        "activations are not quantised (W4A16)."
+    ),
+)
+@_format
+@_json
+@_progress
+def quantize(
+    path: Path,
+    output: Path,
+    calibration: Path | None,
+    format_: Any,
+    as_json: bool,
+    progress: bool | None,
+) -> None:
+    """Quantise the experts of a bfloat16 checkpoint to NVFP4, at OUTPUT."""
+    with _plain_errors():
+        checkpoint.quantize_checkpoint(
+            path,
+            output,
+            calibration=None if calibration is None else _samples(calibration),
+            format=format_,
+            progress=progress,
+        )
+    _print_written(output, format_, as_json)
+
+
+def _samples(file: Path) -> dict[int, Any]:
+    """Sample activations from a safetensors file."""
+    tensors = TensorFiles(file)
+    found: dict[int, Any] = {}
+    for name in tensors:
+        layer, _, rest = name.partition(".")
+        if not layer.isdecimal() or rest not in ("", "router"):
+            raise CheckpointError(
+                f"{file} has a tensor {name!r}, expected layers' numbers, as in '3' or '3.router'"
+            )
+        if rest == "router":
+            continue
+        x = np.asarray(tensors.view(name), np.float32)
+        router = f"{name}.router"
+        both = (x, np.asarray(tensors.view(router), np.float32)) if router in tensors else x
+        found[int(layer)] = both
+    return found
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turns errors of checkpoints and files into one line and an exit code."""
+    try:
+        yield
+    except OSError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(_FILES)
+    except (ValueError, TypeError, ImportError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(_UNSOUND)
+
+
+def _problems(report: Report) -> list[str]:
+    each = [f"layer {one.layer}: {problem}" for one in report.layers for problem in one.problems]
+    return report.problems + each
+
+
+def _print(report: Report, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report.json(), indent=2))
+        return
+    # Wide enough for the table where nobody's terminal limits it.
+    width = None if sys.stdout.isatty() else 120
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=width)
+    console.print(report.directory, style="bold")
+    if report.family is not None:
+        size = f"{report.tensors} tensors, {report.nbytes / 2**20:.1f} MiB"
+        console.print(f"{report.family}, {report.format or 'not quantised'}, {size}")
+        console.print(f"{report.routing}\n{report.activation}")
+    if report.layers:
+        console.print(_table(report))
+    notes: dict[str, list[str]] = {}
+    for layer in report.layers:
+        for note in layer.notes:
+            notes.setdefault(note, []).append(str(layer.layer))
+    for note, layers in notes.items():
+        console.print(f"layers {', '.join(layers)}: {note}", style="yellow")
+    for problem in _problems(report):
+        console.print(problem, style="red")
+
+
+_COLUMNS: dict[str, Callable[[LayerReport], str]] = {
+    "layer": lambda one: str(one.layer),
+    "E x H x I": lambda one: f"{one.num_experts} x {one.hidden_size} x {one.intermediate_size}",
+    "scheme": lambda one: one.scheme,
+    "weight scales": lambda one: _shown(one.global_scale),
+    "input scales": lambda one: _shown(one.input_scale),
+    "hidden scales": lambda one: _shown(one.hidden_scale),
+    "": lambda one: "problems" if one.problems else "ok",
+}
+
+
+def _table(report: Report) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in _COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in report.layers:
+        cells = [column(layer) for column in _COLUMNS.values()]
+        table.add_row(*cells, style="red" if layer.problems else None)
+    return table
+
+
+def _shown(values: tuple[float, float] | None) -> str:
+    return "-" if values is None else "..".join(f"{x:.1e}".replace("e-0", "e-") for x in values)
+
+
+def _print_written(output: Path, format_: str, as_json: bool) -> None:
+    files = sorted(file.name for file in output.iterdir())
+    nbytes = sum((output / name).stat().st_size for name in files)
+    written = {"output": str(output), "format": format_, "bytes": nbytes, "files": files}
+    if as_json:
+        click.echo(json.dumps(written, indent=2))
+    else:
+        click.echo(f"{output}: {format_}, {len(files)} files, {nbytes / 2**20:.1f} MiB")
