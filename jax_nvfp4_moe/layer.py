@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_nvfp4_moe._messages import as_array
+from jax_nvfp4_moe._call_checks import check_output_dtype
+from jax_nvfp4_moe._messages import INPUT_DTYPES, as_array
 from jax_nvfp4_moe.activations import Activation, activate
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.implementations.base import Numerics
@@ -158,9 +159,17 @@ class MoeLayer:
             TypeError, ValueError, NotImplementedError: as `nvfp4_moe_routed`.
         """
         x = as_array("x", x)
-        tokens = x.reshape(-1, x.shape[-1])
-        seen = tokens if router_input is None else as_array("router_input", router_input)
-        ids, weights = self.router(seen.reshape(tokens.shape))
+        self._check_tokens("x", x)
+        tokens = seen = x.reshape(-1, x.shape[-1])
+        if router_input is not None:
+            seen = as_array("router_input", router_input)
+            self._check_tokens("router_input", seen)
+            seen = seen.reshape(-1, x.shape[-1])
+            if seen.shape != tokens.shape:
+                raise ValueError(
+                    f"router_input has shape {router_input.shape}, expected that of x, {x.shape}"
+                )
+        ids, weights = self.router(seen)
         run = functools.partial(
             nvfp4_moe_routed,
             activation=self.activation,
@@ -183,7 +192,17 @@ class MoeLayer:
             y = y + self._shared_weight(tokens) * run(tokens, ids, weights, self.shared)
         elif self.shared is not None:
             y = y + self._shared_weight(tokens) * self.shared(tokens, self.activation)
-        return y.reshape(x.shape).astype(x.dtype if output_dtype is None else output_dtype)
+        return y.reshape(x.shape).astype(check_output_dtype(x, output_dtype))
+
+    def _check_tokens(self, name: str, x: Array) -> None:
+        if x.dtype not in INPUT_DTYPES:
+            raise TypeError(f"{name} has dtype {x.dtype}, expected bfloat16, float16 or float32")
+        hidden_size = self.router.weight.shape[1]
+        if x.ndim == 0 or x.shape[-1] != hidden_size:
+            raise ValueError(
+                f"{name} has shape {x.shape}, expected [..., H] with H = {hidden_size}, as the "
+                f"router's weight is {self.router.weight.shape}"
+            )
 
     @staticmethod
     def _projected(x: Float[Array, "T H"], weight: Float[Array, "L H"] | None) -> Array:
