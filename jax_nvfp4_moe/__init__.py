@@ -1,5 +1,6 @@
 """NVFP4 mixture-of-experts as one pure, jittable JAX function, on any device."""
 
+from jax_nvfp4_moe import checkpoint as checkpoint
 from jax_nvfp4_moe import parallel as parallel
 from jax_nvfp4_moe.activations import Activation as Activation
 from jax_nvfp4_moe.arrangement import prepare as prepare
@@ -7,6 +8,7 @@ from jax_nvfp4_moe.checkpoint import Checkpoint as Checkpoint
 from jax_nvfp4_moe.checkpoint import CheckpointError as CheckpointError
 from jax_nvfp4_moe.checkpoint import load_checkpoint as load_checkpoint
 from jax_nvfp4_moe.checkpoint import load_experts as load_experts
+from jax_nvfp4_moe.checkpoint import save_checkpoint as save_checkpoint
 from jax_nvfp4_moe.experts import ExpertWeights as ExpertWeights
 from jax_nvfp4_moe.experts import validate as validate
 from jax_nvfp4_moe.format import Nvfp4Array as Nvfp4Array

@@ -10,6 +10,8 @@ PUBLIC = {
     *("Activation", "ExpertWeights", "Nvfp4Array", "Routing"),
     *("quantize", "dequantize", "pack", "unpack"),
     *("quantize_experts", "prepare", "validate"),
+    *("MoeLayer", "Router", "Mlp", "Checkpoint", "CheckpointError"),
+    *("load_experts", "load_checkpoint", "save_checkpoint"),
     *("route", "nvfp4_moe", "nvfp4_moe_routed", "explain"),
 }
 
