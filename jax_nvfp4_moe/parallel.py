@@ -143,7 +143,17 @@ def _mapped(
     if data_axis is not None:
         _check_split(mesh, data_axis, "data_axis", "tokens", x.shape[0])
     specs = (*token_specs, partition_specs(experts, expert_axis))
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(data_axis))
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(data_axis))
+
+    def call(*arguments: Any) -> Array:
+        # A mesh of explicit axes, jax.make_mesh's default, wants its inputs to be there already.
+        *tokens, experts = arguments
+        placed = jax.device_put(
+            tuple(tokens), tuple(NamedSharding(mesh, spec) for spec in token_specs)
+        )
+        return mapped(*placed, experts)
+
+    return call
 
 
 def _check_split(mesh: Mesh, axis: str, argument: str, what: str, count: int) -> None:

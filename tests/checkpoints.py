@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 import jax_nvfp4_moe as nvm
 
-LAYERS, E, H, I, K = 2, 4, 64, 32, 2
+LAYERS, E, H, I, K = 2, 4, 64, 32, 2  # noqa: E741
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -57,7 +57,7 @@ class Written:
     tensors: dict
     experts: list
 
-    def write(self, path, *, shards=1):
+    def write(self, path, *, shards=1, index=True):
         """Writes the directory; with an index if there are several shards. Returns `path`."""
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(json.dumps(self.config))
@@ -71,58 +71,111 @@ class Written:
             names = sorted(self.tensors)[number::shards]
             save_file({name: self.tensors[name] for name in names}, path / file)
             places |= dict.fromkeys(names, file)
-        index = {"metadata": {}, "weight_map": places}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+        if index:
+            index = {"metadata": {}, "weight_map": places}
+            (path / "model.safetensors.index.json").write_text(json.dumps(index))
         return path
 
 
 def made(rng, *, encode=False, static=True):
     """A Qwen3-MoE of two layers; `encode`: in compressed-tensors' format instead of ModelOpt's."""
+    config = {**CONFIG, "quantization_config": COMPRESSED_TENSORS if encode else MODELOPT}
+    written = Written(json.loads(json.dumps(config)), {}, [])
+    written.tensors |= {
+        "lm_head.weight": bfloat16(rng, 32, H),
+        "model.embed_tokens.weight": bfloat16(rng, 32, H),
+        "model.norm.weight": np.ones(H, jnp.bfloat16),
+    }
+    for layer in range(LAYERS):
+        block = f"model.layers.{layer}.mlp"
+        written.tensors[f"{block}.gate.weight"] = bfloat16(rng, E, H)
+        written.tensors[f"model.layers.{layer}.self_attn.q_proj.weight"] = bfloat16(rng, H, H)
+        names = [f"{block}.experts.{expert}" for expert in range(E)]
+        written.experts.append(_experts(written.tensors, rng, names, encode, static))
+    return written
+
+
+def add_shared(written, rng, family, *, quantized=False, encode=False):
+    """Makes the model another one, with a shared expert: "deepseek_v3" or "qwen3_next".
+
+    Returns what the shared experts should be loaded as, if quantised, else their names.
+    """
+    config, tensors = written.config, written.tensors
+    config |= {"model_type": family, "architectures": []}
+    config |= {"n_shared_experts": 1, "shared_expert_intermediate_size": I}
+    config |= {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5}
+    name = "shared_experts" if family == "deepseek_v3" else "shared_expert"
+    found = []
+    for layer in range(LAYERS):
+        block = f"model.layers.{layer}.mlp"
+        if family == "deepseek_v3":
+            bias = rng.normal(size=E).astype(np.float32)
+            tensors[f"{block}.gate.e_score_correction_bias"] = bias
+        else:
+            tensors[f"{block}.shared_expert_gate.weight"] = bfloat16(rng, 1, H)
+        if quantized:
+            found.append(_experts(tensors, rng, [f"{block}.{name}"], encode, True))
+            continue
+        shapes = {"gate_proj": (I, H), "up_proj": (I, H), "down_proj": (H, I)}
+        matrices = {f"{block}.{name}.{m}.weight": bfloat16(rng, *shapes[m]) for m in shapes}
+        tensors |= matrices
+        found.append(list(matrices))
+    if not quantized:
+        ignored = f"re:.*{name}.*" if encode else f"*.{name}*"
+        config["quantization_config"]["ignore"].append(ignored)
+    return found
+
+
+def bfloat16(rng, *shape):
+    return rng.normal(size=shape).astype(jnp.bfloat16)
+
+
+def _experts(tensors, rng, names, encode, static):
+    """Random experts, one for each name; into `tensors`, and as they should be loaded."""
     data, global_name = ("weight_packed", "weight_global_scale") if encode else (
         "weight", "weight_scale_2")  # fmt: skip
     input_name = "input_global_scale" if encode else "input_scale"
+    loaded = {}
 
-    def stored(scale):
-        scale = np.float32(scale)
-        return np.reshape(np.float32(1) / scale, [1]) if encode else np.asarray(scale)
+    def scales(low, high):
+        """Stored and decoded."""
+        stored = rng.uniform(low, high, len(names)).astype(np.float32)
+        if not encode:
+            return list(stored), stored
+        stored = np.float32(1) / stored
+        return list(stored.reshape(-1, 1)), np.float32(1) / stored
 
-    bfloat16 = jnp.bfloat16
-    tensors = {
-        "lm_head.weight": rng.normal(size=(32, H)).astype(bfloat16),
-        "model.embed_tokens.weight": rng.normal(size=(32, H)).astype(bfloat16),
-        "model.norm.weight": np.ones(H, bfloat16),
-    }
-    experts = []
-    for layer in range(LAYERS):
-        # Gate and up differ by a factor of 4, as real ones do.
-        gate, up = rng.normal(size=(E, I, H)), 4 * rng.normal(size=(E, I, H))
-        down = rng.normal(size=(E, H, I))
-        scales = rng.uniform(0.002, 0.004, size=(2, E)).astype(np.float32)
-        calibrated = {
-            "input_scale": np.stack([scales[0], scales[0]], 1),
-            "hidden_scale": scales[1] * 20,
-        }
-        quantized = nvm.quantize_experts(
-            *(jnp.asarray(m, jnp.float32) for m in (gate, up, down)),
-            **(calibrated if static else {"activation_scheme": "none"}),
-        )
-        experts.append(quantized)
-        block = f"model.layers.{layer}.mlp"
-        tensors[f"{block}.gate.weight"] = rng.normal(size=(E, H)).astype(bfloat16)
-        tensors[f"model.layers.{layer}.self_attn.q_proj.weight"] = np.ones((H, H), bfloat16)
-        w13, w2 = quantized.w13, quantized.w2
-        for expert in range(E):
-            halves = {"gate_proj": slice(0, I), "up_proj": slice(I, 2 * I), "down_proj": ...}
-            for number, (name, rows) in enumerate(halves.items()):
-                matrix = w2 if name == "down_proj" else w13
-                at = f"{block}.experts.{expert}.{name}"
-                tensors[f"{at}.{data}"] = np.array(matrix.data[expert][rows])
-                tensors[f"{at}.weight_scale"] = np.array(matrix.scale[expert][rows])
-                one = matrix.global_scale[expert]
-                one = one if name == "down_proj" else one[number]
-                tensors[f"{at}.{global_name}"] = stored(one)
-                if static:
-                    which = "hidden_scale" if name == "down_proj" else "input_scale"
-                    tensors[f"{at}.{input_name}"] = stored(calibrated[which][expert].flat[0])
-    config = {**CONFIG, "quantization_config": COMPRESSED_TENSORS if encode else MODELOPT}
-    return Written(json.loads(json.dumps(config)), tensors, experts)
+    # Gate and up differ by a factor of 4, as real ones do.
+    for role, gain, shape in [("gate", 1, (I, H)), ("up", 4, (I, H)), ("down", 1, (H, I))]:
+        rows, columns = shape
+        codes = rng.integers(0, 256, (len(names), rows, columns // 2)).astype(np.uint8)
+        blocks = rng.integers(0x30, 0x48, (len(names), rows, columns // 16)).astype(np.uint8)
+        blocks = blocks.view(jnp.float8_e4m3fn)
+        stored, decoded = scales(0.01 * gain, 0.02 * gain)
+        stored_input, decoded_input = scales(0.002, 0.004)
+        if role == "down":
+            stored_input, decoded_input = scales(0.02, 0.1)
+        loaded[role] = codes, blocks, decoded, decoded_input
+        for expert, name in enumerate(names):
+            at = f"{name}.{role}_proj"
+            tensors[f"{at}.{data}"] = codes[expert]
+            tensors[f"{at}.weight_scale"] = blocks[expert]
+            tensors[f"{at}.{global_name}"] = np.asarray(stored[expert])
+            if static:
+                tensors[f"{at}.{input_name}"] = np.asarray(stored_input[expert])
+
+    def both(field, join):
+        return jnp.asarray(join([loaded["gate"][field], loaded["up"][field]], axis=1))
+
+    return nvm.ExpertWeights(
+        w13=nvm.Nvfp4Array(both(0, np.concatenate), both(1, np.concatenate), both(2, np.stack)),
+        w2=nvm.Nvfp4Array(*map(jnp.asarray, loaded["down"][:3])),
+        input_scale=both(3, np.stack) if static else None,
+        hidden_scale=jnp.asarray(loaded["down"][3]) if static else None,
+        w13_bias=None,
+        w2_bias=None,
+        hidden_size=H,
+        intermediate_size=I,
+        activation_scheme="static" if static else "none",
+        layout="linear",
+    )

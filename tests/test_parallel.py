@@ -27,19 +27,19 @@ def make_mesh(name, kind=AxisType.Auto):
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens", "scheme", "jit"),
+    ("name", "tokens", "scheme", "jit", "kind"),
     [
-        ("4 experts", 2, "static", True),
-        ("2 experts", 40, "none", True),
-        ("2 data, 2 experts", 40, "per_token", True),
-        ("2 data, 2 experts", 2, "static", False),
+        ("4 experts", 2, "static", True, AxisType.Auto),
+        ("2 experts", 40, "none", True, AxisType.Explicit),
+        ("2 data, 2 experts", 40, "per_token", True, AxisType.Explicit),
+        ("2 data, 2 experts", 2, "static", False, AxisType.Auto),
     ],
 )
-def test_same_bits_as_one_device(name, tokens, scheme, jit, rng):
+def test_same_bits_as_one_device(name, tokens, scheme, jit, kind, rng):
     layer = make_layer(Case(tokens=tokens, scheme=scheme, biases=True), rng)
     arguments = (jnp.asarray(layer.x), jnp.asarray(layer.ids), jnp.asarray(layer.weights))
     want = nvm.nvfp4_moe_routed(*arguments, layer.experts)
-    mesh = make_mesh(name)
+    mesh = make_mesh(name, kind)
     experts = parallel.place(layer.experts, mesh)
     assert len(experts.w13.data.sharding.device_set) == mesh.size
     share = experts.w13.data.addressable_shards[0].data.shape[0]

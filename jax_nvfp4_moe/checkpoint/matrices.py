@@ -94,6 +94,8 @@ class ExpertTensors:
             self._check(role, self.parts.data, ("U8",), 2)
             self._check(role, self.parts.scale, ("F8_E4M3",), BLOCK_SIZE)
         self.check_scalars(self.parts.global_scale)
+        for roles in (self.w13_roles, ("down",)):
+            self._has_biases(roles)
         first = self.tensor("up", self.parts.scale)
         surplus = self.tensor("up", self.parts.scale, self.num_experts)
         if surplus != first and surplus in self.files:
@@ -228,18 +230,10 @@ class ExpertTensors:
 
     def biases(self, roles: tuple[str, ...]) -> np.ndarray | None:
         """Biases of rows stacked as in `stack`, float32 [E, rows]; None if there are none."""
-        if self.tensor(roles[0], "bias") not in self.files:
+        if not self._has_biases(roles):
             return None
-        if absent := [name for name in self.tensors(roles, "bias") if name not in self.files]:
-            raise missing(absent, "a bias")
         columns = []
         for role in roles:
-            (rows, _), fused = self.size(role), self.names.fused and role != "down"
-            width = 2 * rows if fused else rows
-            shape = (self.num_experts, width) if self.names.stacked else (width,)
-            for name in self.tensors([role], "bias"):
-                if self.files[name].dtype not in FLOATS or self.files[name].shape != shape:
-                    raise mismatch(name, self.files[name], FLOATS, str(shape))
             each = [
                 self._half(role, self.files.view(name, *([e] if self.names.stacked else [])))
                 for e in range(self.num_experts)
@@ -251,6 +245,23 @@ class ExpertTensors:
             name = self.tensor(roles[0], "bias", int(np.argwhere(~np.isfinite(biases))[0, 0]))
             raise TensorError(f"{name} has NaN or infinite values, or one beside it has")
         return biases
+
+    def _has_biases(self, roles: tuple[str, ...]) -> bool:
+        """Whether rows have biases; TensorError unless all have or none has."""
+        names = dict.fromkeys(self.tensors(roles, "bias"))
+        absent = [name for name in names if name not in self.files]
+        if len(absent) == len(names):
+            return False
+        if absent:
+            raise missing(absent, "a bias")
+        for role in roles:
+            (rows, _), fused = self.size(role), self.names.fused and role != "down"
+            width = 2 * rows if fused else rows
+            shape = (self.num_experts, width) if self.names.stacked else (width,)
+            for name in self.tensors([role], "bias"):
+                if self.files[name].dtype not in FLOATS or self.files[name].shape != shape:
+                    raise mismatch(name, self.files[name], FLOATS, str(shape))
+        return True
 
     def _half(self, role: str, rows: np.ndarray) -> np.ndarray:
         """Gate's or up's rows of what may hold both."""

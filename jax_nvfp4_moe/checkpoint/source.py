@@ -86,9 +86,15 @@ class Source:
         """The matrices of a layer's routed experts.
 
         Raises:
+            ConfigError: they have gates and the activation takes none, or the other way round.
             TensorError: the layer has none.
         """
         block, names = self.place(layer)
+        if self.activation.gated != names.gated:
+            raise ConfigError(
+                f"config.json has the activation {self.activation.name!r}, but the experts of "
+                f"{block} have {'' if names.gated else 'no '}gates"
+            )
         sizes = self.sizes
         return self._tensors(
             block, names, sizes.num_experts, sizes.expert_hidden_size, sizes.intermediate_size

@@ -1,0 +1,230 @@
+"""Qwen3-MoE in Flax NNX, loaded from a Hugging Face folder, in NVFP4 or as it was trained.
+
+    model = qwen3_moe.load("examples/models/qwen3-moe-tiny-nvfp4")
+    logits, _ = model(tokens)                                  # whole texts at once,
+    logits, cache = model(tokens, model.empty_cache(1, 64))    # or piece by piece
+    logits, cache = model(more, cache, start=tokens.shape[1])
+
+All but the experts is ordinary JAX; `Nvfp4MoE` is where this package comes in. Dimensions: B texts,
+T new tokens, S cached ones, H hidden size, N query heads, M key heads, D their size, E experts.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from safetensors.flax import load_file
+
+import jax_nvfp4_moe as nvm
+from jax_nvfp4_moe.flax.nnx import Nvfp4MoE
+
+# What config.json may say, with what it means if it says nothing first.
+SUPPORTED = {
+    "model_type": ("qwen3_moe",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "use_sliding_window": (False,),
+    "rope_scaling": (None,),
+    "rope_type": ("default",),
+    "mlp_only_layers": ([], None),
+    "decoder_sparse_step": (1,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the model has to know beside the shapes of its weights."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    routing: nvm.Routing
+
+    @classmethod
+    def of(cls, config):
+        """From a config.json; NotImplementedError for what this model does not do."""
+        config = {**config, **(config.get("rope_parameters") or {})}
+        for name, values in SUPPORTED.items():
+            if (found := config.get(name, values[0])) not in values:
+                raise NotImplementedError(
+                    f"config.json: {name} is {found!r}, expected {values[0]!r}"
+                )
+        method = "renormalize_naive" if config["norm_topk_prob"] else "default"
+        return cls(
+            num_layers=config["num_hidden_layers"],
+            num_kv_heads=config["num_key_value_heads"],
+            head_dim=config["head_dim"],
+            rope_theta=config["rope_theta"],
+            norm_eps=config["rms_norm_eps"],
+            routing=nvm.Routing(method, top_k=config["num_experts_per_tok"]),
+        )
+
+
+def rms_norm(x, weight, eps):
+    """In float32, whatever the type of x."""
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+    return weight[...] * wide.astype(x.dtype)
+
+
+def rotate(x, positions, theta):
+    """Rotary positions: turns the two halves of each head [B, T, heads, D] against each other."""
+    half = x.shape[-1] // 2
+    angles = positions[:, None, None] * theta ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class Attention(nnx.Module):
+    """Causal attention; groups of query heads share keys and values."""
+
+    def __init__(self, config, weight):
+        self.config = config
+        self.q, self.k, self.v, self.o = (weight(f"self_attn.{name}_proj") for name in "qkvo")
+        self.q_norm, self.k_norm = weight("self_attn.q_norm"), weight("self_attn.k_norm")
+
+    def __call__(self, x, cache, start):
+        """Attends from new tokens [B, T, H] to those before them. Returns the new cache too."""
+        config = self.config
+        positions = start + jnp.arange(x.shape[1])
+
+        def heads(weight):
+            return (x @ weight[...].T).reshape(*x.shape[:2], -1, config.head_dim)
+
+        def located(weight, norm):
+            normed = rms_norm(heads(weight), norm, config.norm_eps)
+            return rotate(normed, positions, config.rope_theta)
+
+        q, k, v = located(self.q, self.q_norm), located(self.k, self.k_norm), heads(self.v)
+        k, v = (
+            lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+            for old, new in zip(cache, (k, v), strict=True)
+        )
+        q = q.reshape(*q.shape[:2], config.num_kv_heads, -1, config.head_dim)
+        scores = jnp.einsum("btmgd,bsmd->bmgts", q, k, preferred_element_type=jnp.float32)
+        visible = jnp.arange(k.shape[1]) <= positions[:, None]
+        scores = jnp.where(visible, scores * config.head_dim**-0.5, -jnp.inf)
+        mixed = jnp.einsum("bmgts,bsmd->btmgd", jax.nn.softmax(scores).astype(x.dtype), v)
+        return mixed.reshape(*x.shape[:2], -1) @ self.o[...].T, (k, v)
+
+
+class DenseMoE(nnx.Module):
+    """The experts as they were trained. Each computes all tokens: simple, and for small models."""
+
+    def __init__(self, config, weight, num_experts):
+        def experts(name):
+            matrices = [weight(f"mlp.experts.{e}.{name}_proj")[...] for e in range(num_experts)]
+            return nnx.Param(jnp.stack(matrices))
+
+        self.routing, self.router = config.routing, weight("mlp.gate")
+        self.gate, self.up, self.down = experts("gate"), experts("up"), experts("down")
+
+    def __call__(self, x):
+        """The block without its residual, [..., H]."""
+        tokens = x.reshape(-1, x.shape[-1])
+        ids, top = nvm.route(tokens @ self.router[...].T, self.routing)
+        # Each token's weight for every expert [E, T], which is 0 for all but the top k.
+        weights = jnp.zeros((len(self.gate[...]), len(tokens)), top.dtype)
+        weights = weights.at[ids.T, jnp.arange(len(tokens))].set(top.T)
+
+        def add(total, expert):
+            gate, up, down, weight = expert
+            y = (jax.nn.silu(tokens @ gate.T) * (tokens @ up.T)) @ down.T
+            return total + weight[:, None] * y.astype(jnp.float32), None
+
+        zeros = jnp.zeros(tokens.shape, jnp.float32)
+        y, _ = lax.scan(add, zeros, (self.gate[...], self.up[...], self.down[...], weights))
+        return y.astype(x.dtype).reshape(x.shape)
+
+
+class Block(nnx.Module):
+    """One decoder layer."""
+
+    def __init__(self, config, weight, moe):
+        self.norm_eps = config.norm_eps
+        self.attention_norm = weight("input_layernorm")
+        self.moe_norm = weight("post_attention_layernorm")
+        self.attention, self.moe = Attention(config, weight), moe
+
+    def __call__(self, x, cache, start):
+        """From [B, T, H] to the same, and the new cache."""
+        y, cache = self.attention(rms_norm(x, self.attention_norm, self.norm_eps), cache, start)
+        x = x + y
+        return x + self.moe(rms_norm(x, self.moe_norm, self.norm_eps)), cache
+
+
+class Qwen3Moe(nnx.Module):
+    """The language model."""
+
+    def __init__(self, config, tensors, layers, dtype):
+        """From the tensors of a checkpoint by their names, and its NVFP4 blocks, if it has them."""
+
+        def weights(prefix):
+            return lambda name: nnx.Param(tensors[f"{prefix}{name}.weight"].astype(dtype))
+
+        def block(index):
+            weight = weights(f"model.layers.{index}.")
+            if index in layers:
+                return Block(config, weight, Nvfp4MoE.from_layer(layers[index]))
+            num_experts = len(tensors[f"model.layers.{index}.mlp.gate.weight"])
+            return Block(config, weight, DenseMoE(config, weight, num_experts))
+
+        self.config = config
+        self.embed, self.norm = weights("model.")("embed_tokens"), weights("model.")("norm")
+        self.layers = nnx.List([block(index) for index in range(config.num_layers)])
+        self.head = weights("")("lm_head") if "lm_head.weight" in tensors else self.embed
+
+    def __call__(self, tokens, cache=None, start=0):
+        """Logits for what follows each token.
+
+        Args:
+            tokens: int [B, T], at positions start to start + T - 1.
+            cache: of all layers, with room for start + T tokens; None for whole texts.
+            start: how many tokens are in the cache.
+
+        Returns:
+            float32 [B, T, vocabulary], and the cache with the new tokens.
+        """
+        cache = self.empty_cache(*tokens.shape) if cache is None else cache
+        x, new_cache = self.embed[...][tokens], []
+        for layer, old in zip(self.layers, cache, strict=True):
+            x, new = layer(x, old, start)
+            new_cache.append(new)
+        x = rms_norm(x, self.norm, self.config.norm_eps)
+        return (x @ self.head[...].T).astype(jnp.float32), new_cache
+
+    def empty_cache(self, batch, length):
+        """Keys and values [B, S, M, D] of each layer, for S = length tokens."""
+        config, dtype = self.config, self.embed[...].dtype
+        shape = (batch, length, config.num_kv_heads, config.head_dim)
+        return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in self.layers]
+
+
+def load(directory, *, activation_scheme=None, dtype=jnp.float32):
+    """Loads a checkpoint: experts in NVFP4 where it is quantised, dense ones where it is not.
+
+    Args:
+        directory: with config.json and *.safetensors.
+        activation_scheme: as in `nvm.load_checkpoint`.
+        dtype: of everything that is not quantised, and of the arithmetic outside of the experts.
+
+    Returns:
+        The model.
+    """
+    directory = Path(directory)
+    written = json.loads((directory / "config.json").read_text("utf-8"))
+    config = Config.of(written)
+    if "quantization_config" in written or (directory / "hf_quant_config.json").exists():
+        checkpoint = nvm.load_checkpoint(directory, activation_scheme=activation_scheme)
+        return Qwen3Moe(config, checkpoint.tensors, checkpoint.layers, dtype)
+    tensors = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return Qwen3Moe(config, tensors, {}, dtype)
