@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_nvfp4_moe._call_checks import check_output_dtype
-from jax_nvfp4_moe._messages import INPUT_DTYPES, as_array
+from jax_nvfp4_moe._call_checks import axis_size, check_output_dtype
+from jax_nvfp4_moe._messages import INPUT_DTYPES, as_array, described
 from jax_nvfp4_moe.activations import Activation, activate
-from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.experts import ExpertWeights, check_experts
 from jax_nvfp4_moe.implementations.base import Numerics
 from jax_nvfp4_moe.moe import nvfp4_moe_routed
-from jax_nvfp4_moe.routing import Routing, route
+from jax_nvfp4_moe.routing import Routing, check_fits, route
 
 # A router's choice jumps where two scores cross: TPUs and GPUs are kept from bfloat16 and TF32.
 _matmul = functools.partial(
@@ -156,8 +156,9 @@ class MoeLayer:
             The shape of x, of `output_dtype`.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: as `nvfp4_moe_routed`.
+            TypeError, ValueError, NotImplementedError: as `check_layer` and `nvfp4_moe_routed`.
         """
+        check_layer(self, devices=axis_size(axis_name))
         x = as_array("x", x)
         self._check_tokens("x", x)
         tokens = seen = x.reshape(-1, x.shape[-1])
@@ -213,3 +214,98 @@ class MoeLayer:
             return jnp.ones((x.shape[0], 1), jnp.float32)
         gate = self.shared_gate.astype(jnp.float32)
         return jax.nn.sigmoid(_matmul(x.astype(jnp.float32), gate.T))
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def check_layer(layer: MoeLayer, *, devices: int = 1) -> None:
+    """Checks that the parts of a layer, arrays or shapes, fit each other.
+
+    Args:
+        layer: whole, or one device's share of it.
+        devices: how many devices its routed experts are split over.
+
+    Raises:
+        TypeError: not a `MoeLayer`, or a part of it is of the wrong type or dtype.
+        ValueError: a shape does not fit.
+    """
+    if not isinstance(layer, MoeLayer):
+        raise TypeError(f"layer is {described(layer)}, expected MoeLayer(router, experts, ...)")
+    check_experts(layer.experts)
+    if not isinstance(layer.router, Router):
+        raise TypeError(f"router is {described(layer.router)}, expected Router(weight, routing)")
+    if not isinstance(layer.activation, Activation):
+        raise TypeError(f"activation is {described(layer.activation)}, expected Activation(name)")
+    if layer.activation.gated != layer.experts.gated:
+        have = "gate and up rows" if layer.experts.gated else "up rows alone"
+        raise ValueError(
+            f"activation is {layer.activation.name!r}, which is "
+            f"{'' if layer.activation.gated else 'not '}gated, but the experts have {have}"
+        )
+    num_experts = layer.experts.num_experts * devices
+    check_fits(layer.router.routing, num_experts, "the layer")
+    hidden = _check_latent(layer)
+    wanted = {
+        "weight": (num_experts, hidden),
+        "bias": (num_experts,),
+        "selection_bias": (num_experts,),
+        "input_scale": (hidden,),
+        "expert_scale": (num_experts,),
+    }
+    for field, shape in wanted.items():
+        array = getattr(layer.router, field)
+        if array is not None or field == "weight":
+            _check_shape(f"router.{field}", array, shape)
+    _check_shared(layer, hidden)
+
+
+def _check_latent(layer: MoeLayer) -> int:
+    """The size of tokens, which is that of the experts unless there are projections."""
+    inner = layer.experts.hidden_size
+    if layer.to_latent is None and layer.from_latent is None:
+        return inner
+    for name in ("to_latent", "from_latent"):
+        if getattr(layer, name) is None:
+            raise ValueError(f"{name} is None, expected to_latent and from_latent or neither")
+    hidden = layer.router.weight.shape[-1]
+    _check_shape("to_latent", layer.to_latent, (inner, hidden))
+    _check_shape("from_latent", layer.from_latent, (hidden, inner))
+    return hidden
+
+
+def _check_shared(layer: MoeLayer, hidden: int) -> None:
+    if layer.shared_gate is not None:
+        if layer.shared is None:
+            raise ValueError("shared_gate was given, but shared is None: expected both")
+        _check_shape("shared_gate", layer.shared_gate, (1, hidden))
+    if layer.shared is None:
+        return
+    if isinstance(layer.shared, ExpertWeights):
+        check_experts(layer.shared)
+        got = (layer.shared.num_experts, layer.shared.hidden_size)
+        if got != (1, hidden):
+            raise ValueError(
+                f"shared has {got[0]} experts of hidden_size {got[1]}, expected 1 of {hidden}"
+            )
+        return
+    if not isinstance(layer.shared, Mlp):
+        raise TypeError(f"shared is {described(layer.shared)}, expected Mlp or ExpertWeights")
+    if (layer.shared.gate is not None) != layer.activation.gated:
+        wanted = "an array" if layer.activation.gated else "None"
+        raise ValueError(
+            f"shared.gate is {described(layer.shared.gate)}, expected {wanted}: activation "
+            f"{layer.activation.name!r} is {'' if layer.activation.gated else 'not '}gated"
+        )
+    up = getattr(layer.shared.up, "shape", ())
+    size = up[0] if len(up) == 2 else "I"
+    _check_shape("shared.up", layer.shared.up, (size, hidden))
+    _check_shape("shared.down", layer.shared.down, (hidden, size))
+    if layer.shared.gate is not None:
+        _check_shape("shared.gate", layer.shared.gate, (size, hidden))
+
+
+def _check_shape(name: str, array: Any, shape: tuple[int | str, ...]) -> None:
+    if getattr(array, "shape", None) != shape:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} is {described(array)}, expected shape [{wanted}]")

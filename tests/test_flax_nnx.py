@@ -391,7 +391,7 @@ def test_wrong_calls(rng):
     x = tokens(rng)
     with pytest.raises(ValueError, match=r"x has shape \(2, 3, 32\), expected \[..., H\] with"):
         model(x[..., :INTERMEDIATE])
-    with pytest.raises(ValueError, match=r"router_input has shape \(1, 3, 64\), expected that of x"):
+    with pytest.raises(ValueError, match=r"router_input has shape \(1, 3, 64\), expected"):
         model(x, x[:1])
     with pytest.raises(ValueError, match="axis_name is 'expert', but the layer has a mesh"):
         model(x, axis_name="expert")

@@ -1,4 +1,4 @@
-"""What the NNX and the Linen layer share: constructors, the names of variables, the call.
+"""What the NNX and the Linen layer share: constructors, names of variables, checks, the call.
 
 Both keep a `MoeLayer`: its arrays as variables of theirs, named by their path in it, such as
 ("experts", "w13", "data"), and everything else as static configuration.
@@ -164,3 +164,27 @@ class FromWeights:
             gate, up, down, input_scale, hidden_scale, activation_scheme=activation_scheme
         )
         return cls.from_experts(experts, router, **options)
+
+
+def check_mesh(
+    mesh: Mesh | None, expert_axis: str | None, data_axis: str | None, size: int
+) -> None:
+    """Checks where experts are to be split; `size` is how many there are.
+
+    Raises:
+        ValueError: the mesh lacks an axis, or does not divide the experts.
+    """
+    if mesh is None:
+        if data_axis is not None:
+            raise ValueError(f"data_axis is {data_axis!r}, but mesh is None: expected both")
+        return
+    if expert_axis is None:
+        raise ValueError("expert_axis is None, but mesh was given: name the axis to split over")
+    for name, axis in (("expert_axis", expert_axis), ("data_axis", data_axis)):
+        if axis is not None and axis not in mesh.shape:
+            raise ValueError(f"{name} is {axis!r}, but the mesh has axes {tuple(mesh.shape)}")
+    if size % mesh.shape[expert_axis]:
+        raise ValueError(
+            f"expert_axis {expert_axis!r} has {mesh.shape[expert_axis]} devices, which do not "
+            f"divide {size} experts"
+        )

@@ -14,10 +14,9 @@ from jax_nvfp4_moe._messages import described
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ActivationScheme
 from jax_nvfp4_moe.flax import _common
-from jax_nvfp4_moe.flax._checks import check_layer, check_mesh
 from jax_nvfp4_moe.flax._initial import abstract_layer, initial_layer
 from jax_nvfp4_moe.implementations.base import Numerics
-from jax_nvfp4_moe.layer import MoeLayer
+from jax_nvfp4_moe.layer import MoeLayer, check_layer
 from jax_nvfp4_moe.routing import Routing
 
 try:
@@ -182,7 +181,7 @@ class Nvfp4MoE(_common.FromWeights, nn.Module):
         )
 
     def _check(self) -> None:
-        check_mesh(self.mesh, self.expert_axis, self.data_axis, self.num_experts)
+        _common.check_mesh(self.mesh, self.expert_axis, self.data_axis, self.num_experts)
 
     def _arguments(self) -> dict[str, Any]:
         names = inspect.signature(initial_layer).parameters

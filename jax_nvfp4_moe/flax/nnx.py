@@ -11,10 +11,9 @@ from jaxtyping import Array, Float
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ActivationScheme
 from jax_nvfp4_moe.flax import _common
-from jax_nvfp4_moe.flax._checks import check_layer, check_mesh
 from jax_nvfp4_moe.flax._initial import initial_layer
 from jax_nvfp4_moe.implementations.base import Numerics
-from jax_nvfp4_moe.layer import MoeLayer
+from jax_nvfp4_moe.layer import MoeLayer, check_layer
 from jax_nvfp4_moe.routing import Routing
 
 try:
@@ -93,7 +92,7 @@ class Nvfp4MoE(_common.FromWeights, nnx.Module):
         Raises:
             TypeError, ValueError: an argument is of the wrong type, or does not fit the others.
         """
-        check_mesh(mesh, expert_axis, data_axis, num_experts)
+        _common.check_mesh(mesh, expert_axis, data_axis, num_experts)
         if layer is None:
             if rngs is None:
                 raise ValueError("rngs is None, expected nnx.Rngs for the random weights")
