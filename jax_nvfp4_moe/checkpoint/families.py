@@ -172,7 +172,9 @@ class Family:
     def sizes(self, config: Config) -> Sizes:
         """The dimensions. Raises ConfigError naming the key that is missing or does not fit."""
         hidden = self._read(config, self.hidden_size, int)
-        layers = self._read(config, self.num_layers, (int, list, str))
+        # Of some, by one name, a list of layers or a letter for each.
+        counted = (int, list, str) if isinstance(self.num_layers, tuple) else int
+        layers = self._read(config, self.num_layers, counted)
         shared = self._read(config, self.shared_size, int, 0)
         return Sizes(
             num_experts=self._read(config, self.num_experts, int),
@@ -390,6 +392,9 @@ def family_of(config: Config) -> Family:
     """A model's family, by `model_type`, then by `architectures`; ConfigError if none has it."""
     known = {model_type: family for family in FAMILIES for model_type in family.model_types}
     given = [text_config(config).get("model_type"), config.get("model_type")]
+    for name in given:
+        if not isinstance(name, str | None):
+            raise ConfigError(f"config.json: model_type is {described(name)}, expected a string")
     # Qwen3MoeForCausalLM is of the type qwen3_moe.
     classes = [str(name).lower() for name in config.get("architectures") or ()]
     by_length = sorted(known, key=len, reverse=True)
