@@ -183,13 +183,15 @@ def scheme_of(config: dict[str, Any], hf_quant_config: dict[str, Any] | None) ->
         raise UnsupportedCheckpointError(
             f"{where}: quant_method is {method!r}, expected 'modelopt' or 'compressed-tensors'"
         )
+    if method == "compressed-tensors":
+        # compressed-tensors 0.20.0 (entrypoints/convert) leaves ModelOpt's hf_quant_config.json in
+        # what it converts: it says nothing of these tensors.
+        return compressed_tensors.scheme(settings, where)
     if separate is not None and separate.get("quant_algo") != settings.get("quant_algo"):
         raise ConfigError(
             f"{where} has quant_algo {settings.get('quant_algo')!r}, {beside} has "
             f"{separate.get('quant_algo')!r}: expected the same"
         )
-    if method == "compressed-tensors":
-        return compressed_tensors.scheme(settings, where)
     return modelopt.scheme(settings, where)
 
 
