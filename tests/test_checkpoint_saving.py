@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,11 +15,17 @@ from jax_nvfp4_moe.checkpoint import (
     convert_checkpoint,
     save_checkpoint,
 )
-from jax_nvfp4_moe.checkpoint.files import TensorFiles
+from jax_nvfp4_moe.checkpoint.files import TensorFiles, write_tensors
 from tests.checkpoints import made
 from tests.conftest import GOLDENS
 
 FAMILIES = sorted(path for path in (GOLDENS / "families").iterdir() if path.is_dir())
+# Written by ModelOpt, and from that by compressed-tensors' converter.
+MODELS = Path(__file__).parent.parent / "examples" / "models"
+BY_TOOLS = {
+    "modelopt": MODELS / "qwen3-moe-tiny-nvfp4",
+    "compressed-tensors": MODELS / "qwen3-moe-tiny-nvfp4-ct",
+}
 
 
 def same_tensors(one, other):
@@ -36,7 +43,29 @@ def same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("directory", FAMILIES, ids=lambda directory: directory.name)
+def same_but_for_reciprocals(one, other):
+    """Whether two directories have the same tensors, global scales within a unit in the last place.
+
+    Their shapes may be [] or [1]: the tools do not agree. Returns how many are not equal.
+    """
+    one, other = TensorFiles(one), TensorFiles(other)
+    assert set(one) == set(other)
+    differing = 0
+    for name in one:
+        a, b = one.view(name), other.view(name)
+        assert a.dtype == b.dtype, name
+        if a.dtype == np.float32 and a.size == 1:
+            np.testing.assert_array_max_ulp(a.reshape(1), b.reshape(1), 1)
+            differing += int(a.item() != b.item())
+        else:
+            assert a.shape == b.shape, name
+            assert a.tobytes() == b.tobytes(), name
+    return differing
+
+
+@pytest.mark.parametrize(
+    "directory", [*FAMILIES, BY_TOOLS["modelopt"]], ids=lambda directory: directory.name
+)
 def test_save_in_the_same_format(directory, tmp_path):
     checkpoint = nvm.load_checkpoint(directory, input_scale="per_expert")
     method = checkpoint.config["quantization_config"]["quant_method"]
@@ -75,6 +104,39 @@ def test_convert_there_and_back(directory, tmp_path):
                 np.testing.assert_array_max_ulp(first.input_scale, layer.experts.input_scale, 1)
                 np.testing.assert_array_max_ulp(first.hidden_scale, layer.experts.hidden_scale, 1)
     assert set(one.tensors) == set(other.tensors) == set(third.tensors)
+
+
+@pytest.mark.parametrize("format", BY_TOOLS)
+def test_convert_as_the_tools_do(format, tmp_path):
+    theirs = BY_TOOLS[format]
+    (original,) = set(BY_TOOLS.values()) - {theirs}
+    convert_checkpoint(original, tmp_path / "ours", format=format)
+    differing = same_but_for_reciprocals(tmp_path / "ours", theirs)
+    if format == "compressed-tensors":
+        assert differing == 0  # their converter and ours start from the same numbers
+    else:
+        assert differing > 0  # some reciprocals' reciprocals are not what they were
+
+
+def test_save_compressed_tensors(tmp_path):
+    """Through memory, where scales decode, and back: once off by a unit, then never again."""
+    original, once, twice = BY_TOOLS["compressed-tensors"], tmp_path / "once", tmp_path / "twice"
+    for source, target in ((original, once), (once, twice)):
+        checkpoint = nvm.load_checkpoint(source, input_scale="per_expert")
+        save_checkpoint(checkpoint, target, format="compressed-tensors")
+    same_but_for_reciprocals(original, once)
+    same_tensors(once, twice)
+
+
+def test_control_two_units_are_seen(tmp_path):
+    source, target = BY_TOOLS["modelopt"], tmp_path / "changed"
+    target.mkdir()
+    tensors = {name: np.array(TensorFiles(source).view(name)) for name in TensorFiles(source)}
+    name = next(name for name in tensors if name.endswith("input_scale"))
+    off = np.nextafter(np.nextafter(tensors[name], np.float32(9)), np.float32(9))
+    write_tensors(target, (tensors | {name: off}).items(), 1 << 30)
+    with pytest.raises(AssertionError, match="not almost equal up to 1 ULP"):
+        same_but_for_reciprocals(source, target)
 
 
 @pytest.fixture

@@ -37,11 +37,13 @@ def save_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     progress: bool | None = None,
 ) -> None:
-    """Writes a checkpoint in Hugging Face's layout; `load_checkpoint` gives it back bit for bit.
+    """Writes a checkpoint in Hugging Face's layout, ModelOpt's unless `format` says otherwise.
 
-    What was loaded with ``input_scale="per_expert"`` and is saved in the format it had has the
-    same tensors, to the bit, as the files it came from; with "global_max" every expert gets the
-    layer's largest activation scale.
+    In ModelOpt's format `load_checkpoint` gives it back bit for bit, and one that came from that
+    format and was loaded with ``input_scale="per_expert"`` has the same tensors, to the bit, as its
+    files; with "global_max" every expert gets the layer's largest activation scale.
+    compressed-tensors stores the float32 reciprocals of global scales: they may come back off by
+    one unit in the last place, once, and all else is the same to the bit.
 
     Args:
         checkpoint: from `load_checkpoint`, perhaps with layers or tensors replaced; experts in any
