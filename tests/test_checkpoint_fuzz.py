@@ -610,7 +610,6 @@ def json_cases():
         "nul": good.replace(b"silu", b"\x00\x00\x00\x00"),
         "deep-lists": b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
         "deep-objects": b'{"text_config": ' * 10**5 + b"1" + b"}" * 10**5,
-        "deep-in-config": good[:-1] + b', "a": ' + b"[" * 2000 + b"]" * 2000 + b"}",
         "twice": good[:-1] + b', "num_experts": 2}',
         "folder": Special("folder"),
         "link-to-itself": Special("link", "config.json"),
@@ -619,6 +618,9 @@ def json_cases():
         "huge": Special("size", 1 << 33),
     }.items():
         case(f"config-{title}", replaced("config.json", content), ConfigError)
+    # Nobody reads it, and Python 3.13's parser goes deeper than the ones before it.
+    deep = good[:-1] + b', "a": ' + b"[" * 2000 + b"]" * 2000 + b"}"
+    case("config-deep-in-config", replaced("config.json", deep), EITHER)
 
 
 def on_index(change):
