@@ -1,0 +1,100 @@
+"""The shared library: where it is, what it offers, and why it may not be there."""
+
+import ctypes
+import functools
+import threading
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+# Another meaning of the attributes needs another name: exports outlive the version that wrote them.
+TARGET = "jax_nvfp4_moe_call_v1"
+
+_LIBRARY = Path(__file__).with_name("libjax_nvfp4_moe.so")
+_CALL_SITE = "jax_nvfp4_moe_call_site_v1"
+_lock = threading.Lock()
+_registered: set[str] = set()
+
+
+def unavailable() -> str | None:
+    """Why the library cannot be used here, or None if it can."""
+    try:
+        _open()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _open() -> ctypes.CDLL:
+    if not _LIBRARY.exists():
+        raise OSError(
+            f"{_LIBRARY.name} was not built: install jax_nvfp4_moe where there is a C++ compiler"
+        )
+    library = ctypes.CDLL(str(_LIBRARY))
+    library.jax_nvfp4_moe_register_module.argtypes = [ctypes.c_char_p] * 4
+    library.jax_nvfp4_moe_register_module.restype = ctypes.c_char_p
+    for name in ("jax_nvfp4_moe_call_site_id", "jax_nvfp4_moe_call_site_info"):
+        getattr(library, name).restype = ctypes.c_void_p
+    return library
+
+
+def register_module(name: str, path: Path, *, tvm_ffi: Path, cubins: Path | None = None) -> None:
+    """Makes a module known, under a name that calls refer to; it is opened by the first of them.
+
+    Args:
+        name: with the module's version and architecture in it, as exports contain it.
+        path: the module, a shared library that exports TVM-FFI functions.
+        tvm_ffi: libtvm_ffi.so, of the `apache-tvm-ffi` package.
+        cubins: the directory of the images that the module asks for.
+
+    Raises:
+        OSError: the library is not there.
+        ValueError: the name is taken by another module.
+    """
+    strings = [name, str(path), str(tvm_ffi), "" if cubins is None else str(cubins)]
+    refusal = _open().jax_nvfp4_moe_register_module(*(text.encode() for text in strings))
+    if refusal is not None:
+        raise ValueError(refusal.decode())
+
+
+def register_targets(platform: Literal["cuda", "cpu"]) -> None:
+    """Makes the library's target known to XLA; again does nothing.
+
+    Args:
+        platform: "cuda"; or "cpu", for functions that take tensors of the host, as tests have.
+
+    Raises:
+        OSError: the library is not there.
+    """
+    library = _open()
+    with _lock:
+        if platform in _registered:
+            return
+        # A type that is registered on a platform before its backend is there breaks the backend.
+        jax.devices(platform)
+        jax.ffi.register_ffi_type(
+            _CALL_SITE,
+            {
+                "type_id": _capsule(library.jax_nvfp4_moe_call_site_id()),
+                "type_info": _capsule(library.jax_nvfp4_moe_call_site_info()),
+            },
+            platform=platform,
+        )
+        stages = {"instantiate": library.jax_nvfp4_moe_instantiate}
+        if platform == "cuda":
+            stages["initialize"] = library.jax_nvfp4_moe_initialize
+            stages["execute"] = library.jax_nvfp4_moe_execute
+        else:
+            stages["execute"] = library.jax_nvfp4_moe_execute_on_host
+        handlers = {stage: jax.ffi.pycapsule(handler) for stage, handler in stages.items()}
+        jax.ffi.register_ffi_target(TARGET, handlers, platform=platform)
+        _registered.add(platform)
+
+
+def _capsule(address: int) -> object:
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype = ctypes.py_object
+    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return new(address, None, None)

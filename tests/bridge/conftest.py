@@ -1,0 +1,104 @@
+"""The fake module, built by the compiler that is there."""
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import pytest
+
+from jax_nvfp4_moe.bridge import library
+
+HERE = Path(__file__).parent
+CUDA = 2  # DLPack's kDLCUDA
+
+
+def tvm_ffi_folder():
+    spec = importlib.util.find_spec("tvm_ffi")  # which does not import it
+    return None if spec is None else Path(spec.origin).parent
+
+
+class FakeModule:
+    """The module's journal, and how the host's buffers are presented to it."""
+
+    name = "fake"
+
+    def __init__(self, path):
+        self._module = ctypes.CDLL(str(path))
+        self._library = library._open()
+        self._library.jax_nvfp4_moe_present_host_as.argtypes = [
+            ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
+        ]  # fmt: skip
+        self._address = None
+
+    def journal(self):
+        """The lines written since it was last asked for."""
+        buffer = ctypes.create_string_buffer(1 << 20)
+        size = self._module.take_journal(buffer, ctypes.c_int64(len(buffer)))
+        assert size < len(buffer)
+        return buffer.value.decode().splitlines()
+
+    def present_host_as(self, device_type, stream=0, address=None):
+        self._address = None
+        if address is not None:
+            kind = ctypes.CFUNCTYPE(
+                ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t
+            )
+            self._address = kind(address)
+        self._library.jax_nvfp4_moe_present_host_as(
+            device_type, stream, ctypes.cast(self._address, ctypes.c_void_p) if address else None
+        )
+
+    def release(self):
+        self._module.release()
+
+    def set_capture_fails(self, fails):
+        self._module.set_capture_fails(int(fails))
+
+
+@pytest.fixture(scope="session")
+def tvm_ffi():
+    """The folder of the tvm_ffi package."""
+    folder = tvm_ffi_folder()
+    if folder is None:
+        pytest.skip("needs the extra `test`: apache-tvm-ffi is not installed")
+    if (reason := library.unavailable()) is not None:
+        pytest.skip(f"needs the shared library: {reason}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def built(tvm_ffi, tmp_path_factory):
+    """The module's path; images stand beside it."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("needs a C++ compiler, g++")
+    folder = tmp_path_factory.mktemp("fake_module")
+    path = folder / "libfake.so"
+    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden"]
+    subprocess.run(
+        [compiler, *flags, "-isystem", str(tvm_ffi / "include"), "-o", str(path),
+         str(HERE / "fake_module.cc"), "-ldl"],
+        check=True,
+    )  # fmt: skip
+    (folder / "cubins").mkdir()
+    (folder / "cubins" / "good.cubin").write_text("image")
+    (folder / "cubins" / "bad.cubin").write_text("imagf")
+    (folder / "good.cubin").write_text("image")
+    library.register_module(
+        "fake", path, tvm_ffi=tvm_ffi / "lib" / "libtvm_ffi.so", cubins=folder / "cubins"
+    )
+    library.register_targets("cpu")
+    return path
+
+
+@pytest.fixture
+def fake(built):
+    """The module, with an empty journal and buffers of the host."""
+    jax.devices()
+    module = FakeModule(built)
+    module.journal()
+    yield module
+    module.present_host_as(1)
+    module.set_capture_fails(False)
