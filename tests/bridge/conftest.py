@@ -51,6 +51,11 @@ class FakeModule:
             device_type, stream, ctypes.cast(self._address, ctypes.c_void_p) if address else None
         )
 
+    def calls(self):
+        """How often `busy` was called."""
+        self._module.busy_calls.restype = ctypes.c_int64
+        return self._module.busy_calls()
+
     def release(self):
         self._module.release()
 

@@ -7,6 +7,7 @@
 #include <tvm/ffi/extra/c_env_api.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -26,6 +27,7 @@ bool capture_fails = false;
 void (*cubin_callback)(const char*, const char*) = nullptr;
 thread_local std::string cubin;
 void* kept = nullptr;
+std::atomic<int64_t> calls = 0;
 
 void Write(const std::string& line) {
   std::lock_guard lock(mutex);
@@ -126,8 +128,9 @@ EXPORTED int __tvm_ffi_scale(void*, const TVMFFIAny* args, int32_t count, TVMFFI
 // (..., y): returns at once.
 EXPORTED int __tvm_ffi_nothing(void*, const TVMFFIAny*, int32_t, TVMFFIAny*) { return 0; }
 
-// (..., sizes, y): allocates tensors of that many bytes and releases them.
+// (..., sizes, y): allocates tensors of that many bytes, releases them, and is counted.
 EXPORTED int __tvm_ffi_busy(void*, const TVMFFIAny* args, int32_t count, TVMFFIAny*) {
+  ++calls;
   static const auto allocate = Symbol<decltype(&TVMFFIEnvTensorAlloc)>("TVMFFIEnvTensorAlloc");
   static const auto release = Symbol<decltype(&TVMFFIObjectDecRef)>("TVMFFIObjectDecRef");
   const auto* cell = reinterpret_cast<const TVMFFISeqCell*>(args[count - 2].v_obj + 1);
@@ -277,5 +280,7 @@ EXPORTED int64_t take_journal(char* out, int64_t room) {
   journal.clear();
   return size;
 }
+
+EXPORTED int64_t busy_calls() { return calls; }
 
 EXPORTED void set_capture_fails(int fails) { capture_fails = fails; }

@@ -427,9 +427,9 @@ def test_memory_does_not_grow(fake):
         def one(carry, _):
             arguments = {f"operand_{i}": carry for i in range(16)}
             arguments |= {f"nothing_{i}": None for i in range(12)} | {"config": (-1, -1)}
-            arguments |= {"sizes": (100, 200), "y": Output((2,), jnp.float32)}
+            arguments |= {"sizes": (100, 200), "y": Output((8,), jnp.float32)}
             (y,) = call("fake", "busy", arguments, workspace=1024)
-            return carry, y[0]
+            return y, None  # the next one's operand: the same operand would make one call of all
 
         return jax.lax.scan(one, x, None, length=length)
 
@@ -438,6 +438,7 @@ def test_memory_does_not_grow(fake):
     before = resident()
     jax.block_until_ready(program(jnp.zeros(8)))
     assert resident() - before < 4 << 20  # a leak of 42 bytes a call would show
+    assert fake.calls() >= 120_000
 
 
 def test_the_library_is_missing(monkeypatch, tmp_path):
