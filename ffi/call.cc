@@ -369,6 +369,7 @@ ffi::Error Initialize(CallSite* site, int32_t ordinal, void* stream, ffi::Remain
 ffi::Error Execute(CallSite* site, int32_t ordinal, void* stream, ffi::RemainingArgs args,
                    ffi::RemainingRets rets) {
   return Guarded(*site, [&] {
+    site->Resolve();
     CurrentDevice device(site->home->cuda(), ordinal);
     std::shared_lock lock(site->home->kernels());
     Invoke(*site, {{kDLCUDA, ordinal}, stream}, args, rets);
