@@ -5,12 +5,11 @@ and of 0.7.2.post1, lines 6001-6018. All arguments are positional.
 """
 
 from collections.abc import Mapping
-from typing import TypeVar
 
-Value = TypeVar("Value")
+from jax_nvfp4_moe.bridge.call import Argument
 
 # What a parameter that only some versions have gets there in a plain call.
-_PLAIN: dict[str, object] = {
+_PLAIN: dict[str, Argument] = {
     "gemm1_lora_delta": None,
     "num_fused_shared_experts": None,
     "da_routing_metadata": (),
@@ -44,9 +43,7 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def arguments(
-    function: str, version: str, values: Mapping[str, Value]
-) -> dict[str, Value | object]:
+def arguments(function: str, version: str, values: Mapping[str, Argument]) -> dict[str, Argument]:
     """The arguments of a function in a version's order.
 
     Args:
@@ -70,7 +67,7 @@ def arguments(
     names = known[version]
     if surplus := sorted(set(values) - set(names)):
         raise TypeError(f"{function} of FlashInfer {version} has no {', '.join(surplus)}")
-    found = {name: values.get(name, _PLAIN.get(name, ...)) for name in names}
-    if absent := [name for name, value in found.items() if value is ...]:
+    given = {**_PLAIN, **values}
+    if absent := [name for name in names if name not in given]:
         raise TypeError(f"{function} was given no {', '.join(absent)}")
-    return found
+    return {name: given[name] for name in names}

@@ -1,0 +1,264 @@
+"""Builds FlashInfer's TRTLLM-Gen MoE module against the recording CUDA runtime.
+
+    python -m tests.recording_cuda.build [--cache DIRECTORY] [--arch 10.0a] [--jobs N]
+
+FlashInfer's Python imports torch, so this runs in an environment and a process of its own; the
+tests read only the manifest it writes. INSTALL makes that environment. No GPU, no driver and no
+installed CUDA toolkit are needed, only g++.
+
+The sources, defines and include directories are those of FlashInfer's own JIT specification. The
+flags differ (`nvcc_flags`): device code stays PTX, unoptimised, since nothing here ever runs it,
+and uncompressed, since the stand-in reads the kernels' parameter sizes from it.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from .manifest import MANIFEST, default_cache
+
+# torch first, and its CPU build (where pip's index has others too: with the option --index-url
+# https://download.pytorch.org/whl/cpu). Of nvrtc, cublas and curand only the headers are needed.
+INSTALL = (
+    "pip install torch==2.13.0 && "
+    "pip install flashinfer-python==0.6.13 flashinfer-cubin==0.6.13 "
+    "nvidia-cuda-nvcc==13.4.92 nvidia-nvvm==13.4.92 nvidia-cuda-crt==13.4.92 "
+    "nvidia-cuda-runtime==13.4.92 nvidia-cuda-nvrtc==13.5.37 "
+    "nvidia-cublas==13.10.0.20 nvidia-curand==10.4.5.25"
+)
+
+MODULE = "fused_moe_trtllm_sm100"
+FLASHINFER = "0.6.13"
+DISTRIBUTIONS = (
+    "flashinfer-python",
+    "flashinfer-cubin",
+    "apache-tvm-ffi",
+    "nvidia-cuda-nvcc",
+    "nvidia-nvvm",
+    "nvidia-cuda-crt",
+    "nvidia-cuda-runtime",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cublas",
+    "nvidia-curand",
+)
+
+HERE = Path(__file__).parent
+FFI = HERE.parents[1] / "ffi"
+RUNTIME_SOURCES = ("runtime.cpp", "driver.cpp", "state.cpp", "cubins.cpp", FFI / "sha256.cc")
+RUNTIME_HEADERS = ("cuda_types.h", "images.h", "log.h", "state.h", "symbols.map", FFI / "sha256.h")
+SPY_SOURCES = ("spy.cpp", "log.h")
+RUNTIME_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+HOST_FLAGS = ("-O0", "-w")
+# What FlashInfer sets that ours replace.
+REPLACED = re.compile(r"-gencode=.*|-O3|-Xfatbin=-compress-all")
+
+
+def nvcc_flags(arch: str) -> tuple[str, ...]:
+    virtual = f"compute_{arch.replace('.', '')}"
+    gencode = f"-gencode=arch={virtual},code={virtual}"
+    return (gencode, "-Ofc", "max", "-O0", "-w", "--compress-mode=none")
+
+
+def versions() -> dict[str, str]:
+    """The versions of what the build reads. Exits, saying what to install, if anything lacks."""
+    found, lacking = {}, []
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            lacking.append(name)
+    if lacking:
+        sys.exit(f"{sys.executable} lacks {', '.join(lacking)}. In a new environment:\n  {INSTALL}")
+    for name in ("flashinfer-python", "flashinfer-cubin"):
+        if found[name] != FLASHINFER:
+            sys.exit(f"{name} is {found[name]}; this builds {FLASHINFER} only")
+    return found
+
+
+def digest(*parts: str | bytes) -> str:
+    sha256 = hashlib.sha256()
+    for part in parts:
+        sha256.update(part.encode() if isinstance(part, str) else part)
+        sha256.update(b"\0")
+    return sha256.hexdigest()[:16]
+
+
+def package_directory(name: str) -> Path:
+    spec = importlib.util.find_spec(name)  # Does not import it.
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(f"{sys.executable} has no package {name}. In a new environment:\n  {INSTALL}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@contextlib.contextmanager
+def locked(cache: Path):
+    """Holds the cache for this process; a second build waits, and then finds everything built."""
+    with (cache / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another build in {cache}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def run(command: list[str]) -> float:
+    """Runs one compiler or linker; returns the seconds it took, or exits with what it said."""
+    begun = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}\nfailed: {done.returncode}")
+    return time.monotonic() - begun
+
+
+def build_runtime(cache: Path) -> Path:
+    """The stand-in for libcudart.so.13 and libcuda.so.1. A few seconds."""
+    files = [HERE / name for name in (*RUNTIME_SOURCES, *RUNTIME_HEADERS)]
+    key = digest(*(file.read_bytes() for file in files), *RUNTIME_FLAGS)
+    target = cache / f"runtime-{key}" / "libcudart.so.13"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        made = Path(scratch) / target.name
+        sources = [f"-I{FFI}", *(str(HERE / name) for name in RUNTIME_SOURCES)]
+        script = f"-Wl,--version-script={HERE / 'symbols.map'}"
+        link = ["-shared", "-Wl,-soname,libcudart.so.13", script, "-Wl,-z,defs", "-ldl"]
+        seconds = run(["g++", *RUNTIME_FLAGS, *sources, "-o", str(made), *link])
+        made.replace(target)
+    # The names that -lcudart and -lcuda look for.
+    for name in ("libcudart.so", "libcuda.so"):
+        (target.parent / name).unlink(missing_ok=True)
+        (target.parent / name).symlink_to(target.name)
+    print(f"stand-in runtime: {seconds:.0f} s", flush=True)
+    return target
+
+
+def build_spy(cache: Path, module: Path, runtime: Path) -> Path:
+    """What stands between a caller and the module (spy.cpp). A few seconds."""
+    parts = [(HERE / name).read_bytes() for name in SPY_SOURCES]
+    key = digest(*parts, *RUNTIME_FLAGS, str(module), str(runtime))
+    target = cache / f"spy-{key}" / f"{MODULE}_spy.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        made = Path(scratch) / target.name
+        # Linked by its path, under which it is found again; nothing of it is named in the source.
+        link = ["-shared", "-Wl,--no-as-needed", str(module), f"-L{runtime.parent}", "-lcudart"]
+        run(["g++", *RUNTIME_FLAGS, str(HERE / SPY_SOURCES[0]), "-o", str(made), *link, "-ldl"])
+        made.replace(target)
+    return target
+
+
+def compile_commands(cache: Path, arch: str, objects: Path) -> dict[str, list[str]]:
+    """FlashInfer's compiler calls with our flags, by the path of the object each makes."""
+    os.environ["FLASHINFER_CUDA_ARCH_LIST"] = arch  # A CPU build of torch knows no GPU.
+    os.environ["CUDA_HOME"] = str(package_directory("nvidia") / "cu13")
+    os.environ["FLASHINFER_WORKSPACE_BASE"] = str(cache / "flashinfer")
+    os.environ["FLASHINFER_NO_DOWNLOAD"] = "1"
+    os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "error")
+    from flashinfer.jit.fused_moe import gen_trtllm_gen_fused_moe_sm100_module
+
+    spec = gen_trtllm_gen_fused_moe_sm100_module()
+    if spec.name != MODULE:
+        raise RuntimeError(f"FlashInfer calls its module {spec.name}, not {MODULE}")
+    commands = {}
+    for entry in spec.get_compile_commands():
+        words = [word for word in shlex.split(entry["command"]) if not REPLACED.fullmatch(word)]
+        target = objects / Path(words[-1]).name  # The command ends in "-o", object.
+        flags = nvcc_flags(arch) if entry["file"].endswith(".cu") else HOST_FLAGS
+        commands[str(target)] = [*words[:-1], str(target), *flags]
+    return commands
+
+
+def build_module(cache: Path, arch: str, key: str, runtime: Path, jobs: int) -> tuple[Path, float]:
+    """FlashInfer's module, and how many seconds it took to build. Kept under `key`."""
+    target = cache / f"{MODULE}-{key}" / f"{MODULE}.so"
+    took = target.with_suffix(".seconds")
+    if target.exists():
+        print(f"{MODULE}: already built", flush=True)
+        return target, float(took.read_text())
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        commands = compile_commands(cache, arch, Path(scratch))
+        print(f"{MODULE}: {len(commands)} sources, {jobs} at a time", flush=True)
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            # The slowest first, so that none is left over at the end.
+            slow = ("routing_custom", "batched_gemm_runner", "routing_llama4", "routing_deepseek")
+            order = sorted(commands, key=lambda name: not any(part in name for part in slow))
+            running = {pool.submit(run, commands[name]): Path(name).name for name in order}
+            try:
+                for count, done in enumerate(concurrent.futures.as_completed(running), 1):
+                    print(f"  {count:2}/{len(running)} {running[done]}: {done.result():.0f} s")
+                    sys.stdout.flush()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        made = Path(scratch) / target.name
+        libraries = [f"-L{runtime.parent}", "-lcudart", "-lcuda"]
+        run(["g++", "-shared", *commands, *libraries, "-o", str(made)])
+        seconds = time.monotonic() - begun
+        target.parent.mkdir(exist_ok=True)
+        took.write_text(f"{seconds:.1f}")
+        made.replace(target)
+    print(f"{MODULE}: {seconds:.0f} s", flush=True)
+    return target, seconds
+
+
+def file_entry(path: Path) -> dict[str, str]:
+    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def build(cache: Path, arch: str, jobs: int) -> Path:
+    """Builds what is not built yet, and returns the path of the manifest."""
+    found = versions()
+    flags = {"nvcc": nvcc_flags(arch), "host": HOST_FLAGS}
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache):
+        runtime = build_runtime(cache)
+        key = digest(json.dumps([found, flags, sys.version_info[:2]]))
+        module, seconds = build_module(cache, arch, key, runtime, jobs)
+        spy = build_spy(cache, module, runtime)
+        manifest = {
+            "arch": arch,
+            "versions": found,
+            "flags": flags,
+            "module_build_seconds": seconds,
+            "runtime": file_entry(runtime),
+            "module": file_entry(module),
+            "spy": file_entry(spy),
+            "tvm_ffi": file_entry(package_directory("tvm_ffi") / "lib" / "libtvm_ffi.so"),
+            "cubin_directory": str(package_directory("flashinfer_cubin") / "cubins"),
+        }
+        target = cache / MANIFEST
+        made = target.with_suffix(f".{os.getpid()}")
+        made.write_text(json.dumps(manifest, indent=2) + "\n")
+        made.replace(target)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--arch", default="10.0a")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    print(build(args.cache.expanduser().resolve(), args.arch, args.jobs))
+
+
+if __name__ == "__main__":
+    main()
