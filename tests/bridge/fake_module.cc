@@ -128,6 +128,13 @@ EXPORTED int __tvm_ffi_scale(void*, const TVMFFIAny* args, int32_t count, TVMFFI
 // (..., y): returns at once.
 EXPORTED int __tvm_ffi_nothing(void*, const TVMFFIAny*, int32_t, TVMFFIAny*) { return 0; }
 
+// FlashInfer's, by its name alone.
+EXPORTED int __tvm_ffi_trtllm_fp4_block_scale_moe(void*, const TVMFFIAny*, int32_t count,
+                                                  TVMFFIAny*) {
+  Write("trtllm_fp4_block_scale_moe of " + std::to_string(count));
+  return 0;
+}
+
 // (..., sizes, y): allocates tensors of that many bytes, releases them, and is counted.
 EXPORTED int __tvm_ffi_busy(void*, const TVMFFIAny* args, int32_t count, TVMFFIAny*) {
   ++calls;

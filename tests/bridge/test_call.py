@@ -22,7 +22,12 @@ ONE = Output((1,), jnp.int32)
 
 
 def run(function, arguments, workspace=0, module="fake"):
-    return jax.jit(lambda: call(module, function, arguments, workspace=workspace))()
+    return now(jax.jit(lambda: call(module, function, arguments, workspace=workspace)))
+
+
+def now(program, *arguments):
+    """Calls it and waits: JAX may return before it has run, on the CPU too."""
+    return jax.block_until_ready(program(*arguments))
 
 
 def scaled(x, scale):
@@ -54,7 +59,7 @@ def test_all_kinds_of_arguments(fake):
         }
         return call("fake", "show", arguments, workspace=16)
 
-    (y,) = program(jnp.zeros((2, 5), jnp.uint8), jnp.zeros((4,), jnp.float8_e4m3fn))
+    (y,) = now(program, jnp.zeros((2, 5), jnp.uint8), jnp.zeros((4,), jnp.float8_e4m3fn))
     assert y.shape == (3,)
     assert y.dtype == jnp.bfloat16
     assert fake.journal() == [
@@ -152,7 +157,7 @@ def words(*numbers):
 
 
 def test_control_a_program_that_is_right(fake):
-    made(attributes())(jnp.zeros(3))
+    now(made(attributes()), jnp.zeros(3))
     assert len(fake.journal()) == 2
 
 
@@ -192,7 +197,7 @@ def test_an_attribute_is_missing(fake):
 )
 def test_indices_that_are_not_there(fake, program, message):
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"INVALID_ARGUMENT: show: {message}"):
-        made(attributes(program=program))(jnp.zeros(3))
+        now(made(attributes(program=program)), jnp.zeros(3))
     assert fake.journal() == []
 
 
@@ -200,7 +205,7 @@ def test_a_call_without_results(fake):
     target = jax.ffi.ffi_call(library.TARGET, (), has_side_effect=True)
     program = encode({"x": Operand(0)})
     with pytest.raises(jax.errors.JaxRuntimeError, match="the last one is the workspace"):
-        jax.jit(lambda x: target(x, module="fake", function="show", **program))(jnp.zeros(3))
+        now(jax.jit(lambda x: target(x, module="fake", function="show", **program)), jnp.zeros(3))
 
 
 def test_modules_and_functions_that_are_not_there(fake, built, tvm_ffi):
@@ -332,7 +337,7 @@ def test_kernels_are_loaded_once_for_each_call_site_and_device(fake):
     program = jax.jit(lambda x: call("fake", "show", {"x": x, "y": ONE}, workspace=0))
     devices = jax.devices()[:2]
     for device in (devices[0], devices[0], devices[1], devices[1]):
-        program(jax.device_put(jnp.zeros(3), device))
+        now(program, jax.device_put(jnp.zeros(3), device))
     captures = [line for line in fake.journal() if "BeginCapture" in line]
     assert len(captures) == len(devices)
 
@@ -344,10 +349,10 @@ def test_a_capture_that_fails(fake):
     with pytest.raises(
         jax.errors.JaxRuntimeError, match="show: cudaStreamBeginCapture: an error of the fake"
     ):
-        program(jnp.zeros(3))
+        now(program, jnp.zeros(3))
     assert fake.journal()[-1] == "cudaStreamDestroy"
     fake.set_capture_fails(False)
-    program(jnp.zeros(3))  # the next call tries again
+    now(program, jnp.zeros(3))  # the next call tries again
     assert fake.journal()[-1] == "stream 0x51ea"
 
 
@@ -355,7 +360,7 @@ def test_the_current_device_is_the_buffers(fake):
     """And what it was afterwards."""
     fake.present_host_as(CUDA, 0x51EA)
     x = jax.device_put(jnp.zeros(3), jax.devices()[2])
-    jax.jit(lambda x: call("fake", "show", {"x": x, "y": ONE}, workspace=0))(x)
+    now(jax.jit(lambda x: call("fake", "show", {"x": x, "y": ONE}, workspace=0)), x)
     journal = fake.journal()
     assert journal[0] == "cudaSetDevice 2"
     assert journal.count("cudaSetDevice 2") == journal.count("cudaSetDevice 0") == 1
