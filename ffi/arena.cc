@@ -1,6 +1,5 @@
 #include "arena.h"
 
-#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -10,6 +9,14 @@ namespace {
 thread_local Arena* current = nullptr;
 
 }  // namespace
+
+void WriteStrides(const int64_t* shape, size_t rank, int64_t* strides) {
+  int64_t stride = 1;
+  for (size_t i = rank; i-- > 0;) {
+    strides[i] = stride;
+    stride *= shape[i];
+  }
+}
 
 // A tensor with a shape of its own: the callee may free the prototype's.
 struct Arena::Node {
@@ -52,11 +59,7 @@ int Arena::Allocate(DLTensor* prototype, DLManagedTensorVersioned** out, void* e
   ++*node->live;
   node->shape.assign(prototype->shape, prototype->shape + prototype->ndim);
   node->strides.resize(node->shape.size());
-  int64_t stride = 1;
-  for (size_t i = node->shape.size(); i-- > 0;) {
-    node->strides[i] = stride;
-    stride *= node->shape[i];
-  }
+  WriteStrides(node->shape.data(), node->shape.size(), node->strides.data());
   node->managed.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
   node->managed.manager_ctx = node;
   node->managed.deleter = [](DLManagedTensorVersioned* self) {

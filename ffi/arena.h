@@ -9,9 +9,13 @@
 #include <dlpack/dlpack.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 namespace jax_nvfp4_moe {
+
+// Writes the strides of a contiguous tensor: DLPack 1.2 wants them written out.
+void WriteStrides(const int64_t* shape, size_t rank, int64_t* strides);
 
 class Arena {
  public:

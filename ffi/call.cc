@@ -131,11 +131,7 @@ class Tensors {
     const auto dimensions = buffer.dimensions();
     const size_t start = strides_.size();
     strides_.resize(start + dimensions.size());
-    int64_t stride = 1;
-    for (size_t i = dimensions.size(); i-- > 0;) {
-      strides_[start + i] = stride;
-      stride *= dimensions[i];
-    }
+    WriteStrides(dimensions.begin(), dimensions.size(), strides_.data() + start);
     void* data = buffer.untyped_data();
     if (auto address = host.address.load(std::memory_order_relaxed)) {
       data = address(name.c_str(), data, buffer.size_bytes());

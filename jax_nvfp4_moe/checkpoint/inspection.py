@@ -17,9 +17,8 @@ from jax_nvfp4_moe.format import BLOCK_SIZE
 
 # The values of all bytes, as E4M3 and as the two E2M1 codes of packed data.
 E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-_CODES = np.concatenate([_E2M1, -_E2M1])
-_PAIRS = np.stack([_CODES[np.arange(256) & 15], _CODES[np.arange(256) >> 4]], axis=1)
+_E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+_PAIRS = np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], axis=1)
 # Errors of a block, relative to its root mean square, in steps of a half percent up to a half.
 ERROR_EDGES = np.linspace(0, 0.5, 101)
 # A decode scale of weights is amax / 2688. Beyond this it is likely an encode scale.

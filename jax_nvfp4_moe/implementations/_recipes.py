@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float, Float32
 
 from jax_nvfp4_moe.activations import activate
 from jax_nvfp4_moe.experts import ExpertWeights
@@ -58,11 +58,20 @@ class Recipe:
         """How weights become operands."""
         return WeightValues(self.row_dtype, folded=self.call.numerics == "vllm")
 
+    def input_values(
+        self, x: Float[Array, "T H"], topk_weights: Float32[Array, "T K"]
+    ) -> Float32[Array, "T H"]:
+        """What the experts see of x: scaled by its weight, if that is to happen on the input."""
+        values = x.astype(jnp.float32)
+        if not self.call.router_weight_on_input:
+            return values
+        return self.rounding(values * self.rounding(topk_weights))
+
     def input_rows(self, x: Float32[Array, "T H"], experts: ExpertWeights) -> Rows:
         """GEMM1's operand."""
         # The barriers keep XLA from quantising a row again for each weight that multiplies it.
         with jax.named_scope("input"):
-            rows = self._operand(x, self._activation_scale(experts.input_scale))
+            rows = self._operand(x, self.input_scale(experts))
             return lax.optimization_barrier(rows)
 
     def expert_rows(
@@ -112,6 +121,10 @@ class Recipe:
             # (flashinfer-python@0.6.13:data/csrc/trtllm_fused_moe_runner.cu:797-826).
             hidden = round_to(hidden, jnp.bfloat16)
         return self._operand(hidden, hidden_scale)
+
+    def input_scale(self, experts: ExpertWeights) -> Float32[Array, ""] | None:
+        """The decode scale of GEMM1's activations; None where it is not static."""
+        return self._activation_scale(experts.input_scale)
 
     def hidden_scale(self, experts: ExpertWeights) -> Float32[Array, ""] | None:
         """The decode scale of GEMM2's activations; None where it is not static."""

@@ -76,9 +76,7 @@ def run(
         return jnp.zeros(x.shape, call.output_dtype)
     recipe = Recipe(call, experts.activation_scheme, x.dtype)
     ids = local_ids(call, topk_ids, experts)
-    values = x.astype(jnp.float32)
-    if call.router_weight_on_input:
-        values = round_to(values * round_to(topk_weights, x.dtype), x.dtype)
+    values = recipe.input_values(x, topk_weights)
     tokens, top_k = topk_ids.shape
     form = _gather if _gathers(tokens, top_k, experts.num_experts) else _grouped
     rows = form(recipe, recipe.input_rows(values, experts), ids, topk_weights, experts)

@@ -19,7 +19,8 @@ from jax_nvfp4_moe.bridge import flashinfer
 from jax_nvfp4_moe.bridge.call import Output
 from jax_nvfp4_moe.bridge.call import call as bridge_call
 from jax_nvfp4_moe.experts import ExpertWeights
-from jax_nvfp4_moe.format import quantize, reciprocal, round_to, scale_for
+from jax_nvfp4_moe.format import quantize, reciprocal, scale_for
+from jax_nvfp4_moe.implementations._recipes import Recipe
 from jax_nvfp4_moe.implementations.base import Call
 from jax_nvfp4_moe.implementations.emulation import local_ids
 from jax_nvfp4_moe.layouts import w2_row_order, w13_row_order
@@ -79,15 +80,18 @@ def run_on(
     local_experts = experts.num_experts
     # More than there are, for ids that are no local expert's. The function wants a multiple of 4.
     num_experts = 4 * (local_experts // 4 + 1)
-    values = x.astype(jnp.float32)
+    recipe = Recipe(call, experts.activation_scheme, x.dtype)
+    values = recipe.input_values(x, topk_weights)
     if call.router_weight_on_input:
-        values = round_to(values * round_to(topk_weights, x.dtype), x.dtype)
         topk_weights = jnp.ones_like(topk_weights)
     values = jnp.pad(values, ((0, 0), (0, hidden_size - x.shape[1])))
-    per_token, input_scale, hidden_scale = _activation_scales(call, values, experts)
+    input_scale, hidden_scale = recipe.input_scale(experts), recipe.hidden_scale(experts)
+    per_token = None
+    if input_scale is None or hidden_scale is None:
+        # Each token's own, beside which the scales of all are 1; GEMM2's are the kernel's business.
+        per_token = scale_for(jnp.max(jnp.abs(values), axis=-1))
+        input_scale = hidden_scale = jnp.float32(1)
     rows = quantize(values, input_scale if per_token is None else per_token)
-    if per_token is not None:
-        input_scale = jnp.float32(1)
     sums = _sum_scales(call.activation, experts, input_scale)
     scales = output_scales(experts, sums, hidden_scale)
     arguments = {
@@ -142,24 +146,6 @@ def run_on(
     if call.axis_name is not None:
         y = lax.psum(y.astype(jnp.float32), call.axis_name)
     return y.astype(call.output_dtype)
-
-
-def _activation_scales(
-    call: Call, values: Float32[Array, "T H"], experts: ExpertWeights
-) -> tuple[Array | None, Array, Array]:
-    """Decode scales: each token's own or None, GEMM1's and GEMM2's."""
-
-    def largest(scale: Array) -> Array:
-        scale = jnp.max(scale)
-        return scale if call.axis_name is None else lax.pmax(scale, call.axis_name)
-
-    if experts.activation_scheme == "per_token":
-        # GEMM2's are the kernel's own business then.
-        per_token = scale_for(jnp.max(jnp.abs(values), axis=-1))
-        return per_token, jnp.float32(1), jnp.float32(1)
-    assert experts.input_scale is not None  # check_experts
-    assert experts.hidden_scale is not None
-    return None, largest(experts.input_scale), largest(experts.hidden_scale)
 
 
 def _sum_scales(

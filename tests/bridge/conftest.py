@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from jax_nvfp4_moe.bridge import library
+from tests.bridge.host import CPU, present_host_as
 
 HERE = Path(__file__).parent
-CUDA = 2  # DLPack's kDLCUDA
 
 
 def tvm_ffi_folder():
@@ -21,17 +21,10 @@ def tvm_ffi_folder():
 
 
 class FakeModule:
-    """The module's journal, and how the host's buffers are presented to it."""
-
-    name = "fake"
+    """The module's journal and switches."""
 
     def __init__(self, path):
         self._module = ctypes.CDLL(str(path))
-        self._library = library._open()
-        self._library.jax_nvfp4_moe_present_host_as.argtypes = [
-            ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
-        ]  # fmt: skip
-        self._address = None
 
     def journal(self):
         """The lines written since it was last asked for."""
@@ -39,17 +32,6 @@ class FakeModule:
         size = self._module.take_journal(buffer, ctypes.c_int64(len(buffer)))
         assert size < len(buffer)
         return buffer.value.decode().splitlines()
-
-    def present_host_as(self, device_type, stream=0, address=None):
-        self._address = None
-        if address is not None:
-            kind = ctypes.CFUNCTYPE(
-                ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t
-            )
-            self._address = kind(address)
-        self._library.jax_nvfp4_moe_present_host_as(
-            device_type, stream, ctypes.cast(self._address, ctypes.c_void_p) if address else None
-        )
 
     def calls(self):
         """How often `busy` was called."""
@@ -105,5 +87,5 @@ def fake(built):
     module = FakeModule(built)
     module.journal()
     yield module
-    module.present_host_as(1)
+    present_host_as(CPU)
     module.set_capture_fails(False)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.bridge.call import Output, call
 from jax_nvfp4_moe.bridge.program import Operand, Result, encode
-from tests.bridge.conftest import CUDA
+from tests.bridge.host import CUDA, present_host_as
 
 ONE = Output((1,), jnp.int32)
 
@@ -146,9 +146,8 @@ def attributes(**changes):
     return {"module": "fake", "function": "show", **encode(values), **changes}
 
 
-def made(attributes, results=1):
-    types = [jax.ShapeDtypeStruct((1,), jnp.int32)] * results
-    types.append(jax.ShapeDtypeStruct((16,), jnp.uint8))
+def made(attributes):
+    types = [jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((16,), jnp.uint8)]
     return jax.jit(lambda x: jax.ffi.ffi_call(library.TARGET, types)(x, **attributes))
 
 
@@ -231,7 +230,7 @@ def test_modules_and_functions_that_are_not_there(fake, built, tvm_ffi):
 def allocated(sizes, workspace, *, returned=False, kept=False):
     arguments = {
         "sizes": sizes,
-        "y": Output((len(sizes),), jnp.int32 if len(sizes) == 0 else "int64"),
+        "y": Output((len(sizes),), "int64"),
         "returned": returned,
         "kept": kept,
     }
@@ -317,7 +316,7 @@ def test_images_are_checked(fake):
 
 def test_a_gpu_that_is_not_there(fake):
     """Buffers are presented as a GPU's, on a stream: it reaches the callee, and is gone after."""
-    fake.present_host_as(CUDA, 0x51EA)
+    present_host_as(CUDA, 0x51EA)
     run("show", {"x": jnp.zeros(3), "y": ONE})
     warm_up = [
         "cudaStreamCreateWithFlags 1",
@@ -333,7 +332,7 @@ def test_a_gpu_that_is_not_there(fake):
 
 
 def test_kernels_are_loaded_once_for_each_call_site_and_device(fake):
-    fake.present_host_as(CUDA, 0x51EA)
+    present_host_as(CUDA, 0x51EA)
     program = jax.jit(lambda x: call("fake", "show", {"x": x, "y": ONE}, workspace=0))
     devices = jax.devices()[:2]
     for device in (devices[0], devices[0], devices[1], devices[1]):
@@ -343,7 +342,7 @@ def test_kernels_are_loaded_once_for_each_call_site_and_device(fake):
 
 
 def test_a_capture_that_fails(fake):
-    fake.present_host_as(CUDA, 0x51EA)
+    present_host_as(CUDA, 0x51EA)
     fake.set_capture_fails(True)
     program = jax.jit(lambda x: call("fake", "show", {"x": x, "y": ONE}, workspace=0))
     with pytest.raises(
@@ -358,7 +357,7 @@ def test_a_capture_that_fails(fake):
 
 def test_the_current_device_is_the_buffers(fake):
     """And what it was afterwards."""
-    fake.present_host_as(CUDA, 0x51EA)
+    present_host_as(CUDA, 0x51EA)
     x = jax.device_put(jnp.zeros(3), jax.devices()[2])
     now(jax.jit(lambda x: call("fake", "show", {"x": x, "y": ONE}, workspace=0)), x)
     journal = fake.journal()
@@ -375,7 +374,7 @@ def test_other_addresses_for_buffers(fake):
         seen.append((name.decode(), size))
         return data
 
-    fake.present_host_as(CUDA, 0, address)
+    present_host_as(CUDA, 0, address)
     run("show", {"x": jnp.zeros((3, 4)), "n": 1, "y": ONE}, workspace=32)
     assert seen == [("x", 48), ("y", 4), ("workspace", 32)] * 2  # loading, then the call
 

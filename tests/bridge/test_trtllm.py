@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jax_nvfp4_moe.implementations import trtllm
+from tests.bridge.host import CPU, present_host_as
 from tests.recording_cuda.cases import (
     Case,
     error_of,
@@ -34,7 +35,7 @@ def given(fake):
             found[name.decode()] = np.frombuffer(ctypes.string_at(data, size), np.uint8)
             return data
 
-        fake.present_host_as(1, 0, copy)
+        present_host_as(CPU, 0, copy)
         call = dataclasses.replace(case.call(), **changes)
         program = jax.jit(partial(trtllm.run_on, "fake", "0.6.13", call))
         jax.block_until_ready(program(*arguments))

@@ -20,6 +20,7 @@ import numpy as np  # noqa: E402
 
 from jax_nvfp4_moe.bridge import library  # noqa: E402
 from jax_nvfp4_moe.implementations import trtllm  # noqa: E402
+from tests.bridge.host import CUDA, present_host_as  # noqa: E402
 
 from .cases import (  # noqa: E402
     Case,
@@ -35,7 +36,7 @@ from .cases import (  # noqa: E402
 )
 from .fp4_moe import family, miswired, workspace  # noqa: E402
 
-CUDA, STREAM = 2, 0x51EA0000
+STREAM = 0x51EA0000
 MODULE = "recorded"
 
 
@@ -46,11 +47,7 @@ class Host:
         self.sizes: dict[str, int] = {}
         self.copies: dict[str, np.ndarray] | None = None  # of what they contain, if wanted
         self._buffers = buffers
-        kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t)
-        self._address = kind(self._present)
-        opened = library._open()
-        opened.jax_nvfp4_moe_present_host_as.argtypes = [ctypes.c_int, ctypes.c_void_p, kind]
-        opened.jax_nvfp4_moe_present_host_as(CUDA, STREAM, self._address)
+        present_host_as(CUDA, STREAM, self._present)
 
     def _present(self, name: bytes, data: int, size: int) -> int:
         label = name.decode()
