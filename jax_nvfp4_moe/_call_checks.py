@@ -130,16 +130,18 @@ def check_options(
             f"the experts have {have}: use for example {suggestion}"
         )
     check_name("numerics", numerics, get_args(Numerics))
-    if not isinstance(router_weight_on_input, (bool, np.bool_)):
-        raise TypeError(
-            f"router_weight_on_input is {described(router_weight_on_input)}, expected True or "
-            "False, static under jit"
-        )
+    check_flag("router_weight_on_input", router_weight_on_input)
     if router_weight_on_input and top_k != 1:
         raise ValueError(
             f"router_weight_on_input is True with K = {top_k}, expected K = 1: with several "
             "experts a token has no single weight to be scaled by"
         )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuses what is neither True nor False, tracers among it."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {described(value)}, expected True or False, static under jit")
 
 
 def check_output_dtype(x: Array, output_dtype: Any) -> np.dtype:

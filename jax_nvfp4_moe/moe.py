@@ -16,8 +16,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, Int32
 
-from jax_nvfp4_moe import selection
+from jax_nvfp4_moe import devices, selection
 from jax_nvfp4_moe._call_checks import (
+    check_flag,
     check_logits,
     check_options,
     check_output_dtype,
@@ -29,7 +30,7 @@ from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
 from jax_nvfp4_moe.implementations import _gradient
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
-from jax_nvfp4_moe.routing import Routing, route
+from jax_nvfp4_moe.routing import Routing, check_routable, route
 
 
 def nvfp4_moe(
@@ -45,11 +46,12 @@ def nvfp4_moe(
     axis_name: str | None = None,
     numerics: Numerics = "kernel",
     router_weight_on_input: bool = False,
+    route_in_kernel: bool = False,
 ) -> Float[Array, "T H"]:
     """A mixture-of-experts layer with NVFP4 experts: router and experts.
 
     The same as `route` followed by `nvfp4_moe_routed`, whose arguments, errors and differentiation
-    apply.
+    apply; with `route_in_kernel`, in one launch less.
 
     Args:
         x: tokens [T, H]: bfloat16, float16 or float32.
@@ -63,9 +65,16 @@ def nvfp4_moe(
         axis_name: as in `nvfp4_moe_routed`.
         numerics: as in `nvfp4_moe_routed`.
         router_weight_on_input: as in `nvfp4_moe_routed`.
+        route_in_kernel: leave the routing to the implementation. The kernels of "trtllm" rank and
+            weigh as `route` does, in float32 and by their own sigmoid and softmax, so that scores
+            which are all but equal may be ranked otherwise. It has them for some methods and sizes.
 
     Returns:
         [T, H] of `output_dtype`.
+
+    Raises:
+        NotImplementedError: as `nvfp4_moe_routed`; or with `route_in_kernel` the implementation has
+            no router for this method and these sizes.
     """
     x, logits = as_array("x", x), as_array("logits", logits)
     if not isinstance(routing, Routing):
@@ -75,19 +84,34 @@ def nvfp4_moe(
         )
     check_experts(experts)
     check_logits(x, logits, experts, axis_name)
-    topk_ids, topk_weights = route(logits, routing, bias=bias)
-    return nvfp4_moe_routed(
+    check_flag("route_in_kernel", route_in_kernel)
+    if not route_in_kernel:
+        return nvfp4_moe_routed(
+            x,
+            *route(logits, routing, bias=bias),
+            experts,
+            activation=activation,
+            implementation=implementation,
+            output_dtype=output_dtype,
+            axis_name=axis_name,
+            numerics=numerics,
+            router_weight_on_input=router_weight_on_input,
+        )
+    check_routable(logits, routing, bias)
+    call = _checked_call(
         x,
-        topk_ids,
-        topk_weights,
         experts,
-        activation=activation,
-        implementation=implementation,
-        output_dtype=output_dtype,
-        axis_name=axis_name,
-        numerics=numerics,
-        router_weight_on_input=router_weight_on_input,
+        routing.top_k,
+        activation,
+        output_dtype,
+        axis_name,
+        numerics,
+        router_weight_on_input,
     )
+    problem = Problem(call, experts, len(x), routing.top_k, devices.current_kind(), routing=routing)
+    chosen = selection.select(implementation, problem)
+    bias = None if bias is None else as_array("bias", bias).astype(jnp.float32)
+    return _moe_from_logits(call, chosen, routing, x, logits, bias, experts)
 
 
 def nvfp4_moe_routed(
@@ -138,19 +162,13 @@ def nvfp4_moe_routed(
     x, topk_ids = as_array("x", x), as_array("topk_ids", topk_ids)
     topk_weights = as_array("topk_weights", topk_weights)
     check_experts(experts)
-    activation = Activation.of(activation)
     check_tokens(x, experts)
     check_routed(x, topk_ids, topk_weights, experts, axis_name)
-    check_options(activation, experts, numerics, router_weight_on_input, topk_ids.shape[1])
-    call = Call(
-        activation=activation,
-        numerics=numerics,
-        output_dtype=check_output_dtype(x, output_dtype),
-        axis_name=axis_name,
-        router_weight_on_input=bool(router_weight_on_input),
-    )
     tokens, top_k = topk_ids.shape
-    problem = Problem(call, experts, tokens, top_k, jax.devices()[0].device_kind)
+    call = _checked_call(
+        x, experts, top_k, activation, output_dtype, axis_name, numerics, router_weight_on_input
+    )
+    problem = Problem(call, experts, tokens, top_k, devices.current_kind())
     chosen = selection.select(implementation, problem)
     return _moe(
         call,
@@ -159,6 +177,27 @@ def nvfp4_moe_routed(
         _as_int32(topk_ids),
         topk_weights.astype(jnp.float32),
         experts,
+    )
+
+
+def _checked_call(
+    x: Array,
+    experts: ExpertWeights,
+    top_k: int,
+    activation: str | Activation,
+    output_dtype: Any,
+    axis_name: str | None,
+    numerics: Numerics,
+    router_weight_on_input: bool,
+) -> Call:
+    activation = Activation.of(activation)
+    check_options(activation, experts, numerics, router_weight_on_input, top_k)
+    return Call(
+        activation=activation,
+        numerics=numerics,
+        output_dtype=check_output_dtype(x, output_dtype),
+        axis_name=axis_name,
+        router_weight_on_input=bool(router_weight_on_input),
     )
 
 
@@ -217,6 +256,63 @@ def _backward(
 
 
 _straight_through.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _moe_from_logits(
+    call: Call,
+    implementation: Implementation,
+    routing: Routing,
+    x: Array,
+    logits: Array,
+    bias: Array | None,
+    experts: ExpertWeights,
+) -> Array:
+    return _straight_through_from_logits(call, implementation, routing, x, logits, bias, experts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _straight_through_from_logits(
+    call: Call,
+    implementation: Implementation,
+    routing: Routing,
+    x: Array,
+    logits: Array,
+    bias: Array | None,
+    experts: ExpertWeights,
+) -> Array:
+    def run(x: Array, logits: Array, layer: tuple[Array | None, ExpertWeights]) -> Array:
+        return implementation.run_from_logits(call, routing, x, logits, *layer)
+
+    return _folding_vmap(run)((x, logits), (bias, experts))
+
+
+def _forward_from_logits(
+    call: Call, implementation: Implementation, routing: Routing, *arguments: Any
+) -> tuple[Array, tuple[Any, ...]]:
+    output: Any = _straight_through_from_logits(call, implementation, routing, *arguments)
+    return output, arguments
+
+
+def _backward_from_logits(
+    call: Call,
+    implementation: Implementation,
+    routing: Routing,
+    residuals: tuple[Any, ...],
+    cotangent: Array,
+) -> tuple[Any, ...]:
+    x, logits, bias, experts = residuals
+
+    def weigh(logits: Array) -> tuple[Array, Array]:
+        ids, weights = route(logits, routing, bias=bias)
+        return weights, ids
+
+    weights, pull, ids = jax.vjp(weigh, logits, has_aux=True)
+    dx, _, dw, frozen = _backward(call, implementation, (x, ids, weights, experts), cotangent)
+    return dx, *pull(dw), jax.tree.map(_zero_cotangent, bias), frozen
+
+
+_straight_through_from_logits.defvjp(_forward_from_logits, _backward_from_logits)
 
 
 def _zero_cotangent(array: Array) -> Any:

@@ -154,12 +154,7 @@ def route(
       TypeError: `routing` is no Routing, or an array has another dtype.
       ValueError: a shape does not fit, or the method takes no bias.
     """
-    if not isinstance(routing, Routing):
-        raise TypeError(f"routing is {described(routing)}, expected Routing(method, top_k, ...)")
-    _check_logits(logits, routing)
-    if bias is not None:
-        _check_bias(bias, routing, logits.shape[1])
-
+    check_routable(logits, routing, bias)
     method = _METHODS[routing.method]
     scores = method.score(jnp.asarray(logits).astype(jnp.float32))
     ranked = jax.lax.stop_gradient(scores)
@@ -170,6 +165,15 @@ def route(
     _, ids = jax.lax.top_k(ranked, routing.top_k)
     selected = jnp.take_along_axis(scores, ids, axis=-1, mode="promise_in_bounds")
     return ids, method.weigh(selected) * routing.scaling_factor
+
+
+def check_routable(logits: Array, routing: Routing, bias: Array | None) -> None:
+    """Refuses what `route` refuses."""
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing is {described(routing)}, expected Routing(method, top_k, ...)")
+    _check_logits(logits, routing)
+    if bias is not None:
+        _check_bias(bias, routing, logits.shape[1])
 
 
 def check_fits(routing: Routing, experts: int, of: str) -> None:

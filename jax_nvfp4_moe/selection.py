@@ -6,18 +6,19 @@ from types import MappingProxyType
 import jax
 import numpy as np
 
-from jax_nvfp4_moe._call_checks import check_options
+from jax_nvfp4_moe import devices
+from jax_nvfp4_moe._call_checks import check_flag, check_options
 from jax_nvfp4_moe._messages import check_name, described
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
-from jax_nvfp4_moe.implementations import emulation
+from jax_nvfp4_moe.implementations import emulation, trtllm
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
 from jax_nvfp4_moe.routing import Routing, check_fits
 
 # In order of preference. None marks a name of the contract that this version does not carry.
 IMPLEMENTATIONS: MappingProxyType[str, Implementation | None] = MappingProxyType(
     {
-        "trtllm": None,
+        "trtllm": trtllm,
         "cute_dsl": None,
         "triton": None,
         "cpu": None,
@@ -84,25 +85,30 @@ def select(implementation: str | None, problem: Problem) -> Implementation:
 
     Args:
         implementation: a name, or None for the first that can serve the problem.
-        problem: what is asked.
+        problem: what is asked. Whether the implementation is to route by itself does not decide
+            which is chosen: one that would be far slower may be able to.
 
     Raises:
         ValueError: no implementation has that name, or no implementation can serve the problem.
-        NotImplementedError: the one that was named cannot; the message says why.
+        NotImplementedError: the one that was named cannot, or the one that was chosen cannot route
+            this by itself; the message says why.
     """
-    if implementation is not None:
-        check_name("implementation", implementation, IMPLEMENTATIONS, "None or ")
-        module, reason = IMPLEMENTATIONS[implementation], _refusal(implementation, problem)
-        if module is None or reason is not None:
-            raise NotImplementedError(
-                f"implementation {implementation!r}: {reason}; None chooses one that can"
-            )
-        return module
-    refusals = {}
-    for name, module in IMPLEMENTATIONS.items():
-        refusals[name] = _refusal(name, problem)
-        if module is not None and refusals[name] is None:
-            return module
+    hint = "None chooses one that can"
+    if implementation is None:
+        implementation, hint = _first(dataclasses.replace(problem, routing=None)), ""
+    check_name("implementation", implementation, IMPLEMENTATIONS, "None or ")
+    module, reason = IMPLEMENTATIONS[implementation], _refusal(implementation, problem)
+    if module is None or reason is not None:
+        explained = f"implementation {implementation!r}: {reason}"
+        raise NotImplementedError("; ".join(filter(None, (explained, hint))))
+    return module
+
+
+def _first(problem: Problem) -> str:
+    refusals = {name: _refusal(name, problem) for name in IMPLEMENTATIONS}
+    for name, refusal in refusals.items():
+        if refusal is None:
+            return name
     raise ValueError(refusals["emulation"])
 
 
@@ -121,6 +127,7 @@ def explain(
     tokens: int,
     activation: str | Activation | None = None,
     numerics: Numerics = "kernel",
+    route_in_kernel: bool = False,
     device_kind: str | None = None,
 ) -> Report:
     """Says which implementation a call would run on, and why not on the others.
@@ -131,7 +138,8 @@ def explain(
         tokens: T.
         activation: of the layer; None means "silu", or "relu2" for experts that are not gated.
         numerics: as in `nvfp4_moe`.
-        device_kind: for example "NVIDIA B200"; None means this process's default device.
+        route_in_kernel: as in `nvfp4_moe`.
+        device_kind: for example "NVIDIA B200"; None means the device that would be traced for.
 
     Returns:
         A report; `print` it, or read its fields.
@@ -140,6 +148,7 @@ def explain(
         TypeError: `experts` or `routing` is not of its type.
         ValueError: `tokens` is negative, `activation` or `routing` does not fit the experts,
             or no implementation can serve the call.
+        NotImplementedError: the implementation that would run cannot route by itself.
     """
     check_experts(experts)
     if not isinstance(routing, Routing):
@@ -165,8 +174,10 @@ def explain(
         raise TypeError(
             f"device_kind is {described(device_kind)}, expected a str such as 'NVIDIA B200'"
         )
-    kind = device_kind or jax.devices()[0].device_kind
-    problem = Problem(call, experts, tokens, routing.top_k, kind)
+    kind = device_kind or devices.current_kind()
+    check_flag("route_in_kernel", route_in_kernel)
+    to_route = routing if route_in_kernel else None
+    problem = Problem(call, experts, tokens, routing.top_k, kind, to_route)
     chosen = select(None, problem)
     choices = []
     for name, module in IMPLEMENTATIONS.items():

@@ -13,6 +13,8 @@ TARGET = "jax_nvfp4_moe_call_v1"
 
 _LIBRARY = Path(__file__).with_name("libjax_nvfp4_moe.so")
 _CALL_SITE = "jax_nvfp4_moe_call_site_v1"
+# As XLA spells them; under "cuda" a handler would be kept and never found.
+_PLATFORMS = {"cuda": "CUDA", "cpu": "cpu"}
 _lock = threading.Lock()
 _registered: set[str] = set()
 
@@ -44,7 +46,7 @@ def register_module(name: str, path: Path, *, tvm_ffi: Path, cubins: Path | None
     """Makes a module known, under a name that calls refer to; it is opened by the first of them.
 
     Args:
-        name: with the module's version and architecture in it, as exports contain it.
+        name: with the module's version in it, as exports contain it.
         path: the module, a shared library that exports TVM-FFI functions.
         tvm_ffi: libtvm_ffi.so, of the `apache-tvm-ffi` package.
         cubins: the directory of the images that the module asks for.
@@ -72,15 +74,17 @@ def register_targets(platform: Literal["cuda", "cpu"]) -> None:
     with _lock:
         if platform in _registered:
             return
-        # A type that is registered on a platform before its backend is there breaks the backend.
-        jax.devices(platform)
+        if platform == "cpu":
+            # A type that is registered before this backend is there breaks it. For CUDA JAX keeps it
+            # until there is one.
+            jax.devices("cpu")
         jax.ffi.register_ffi_type(
             _CALL_SITE,
             {
                 "type_id": _capsule(library.jax_nvfp4_moe_call_site_id()),
                 "type_info": _capsule(library.jax_nvfp4_moe_call_site_info()),
             },
-            platform=platform,
+            platform=_PLATFORMS[platform],
         )
         stages = {"instantiate": library.jax_nvfp4_moe_instantiate}
         if platform == "cuda":
@@ -89,7 +93,7 @@ def register_targets(platform: Literal["cuda", "cpu"]) -> None:
         else:
             stages["execute"] = library.jax_nvfp4_moe_execute_on_host
         handlers = {stage: jax.ffi.pycapsule(handler) for stage, handler in stages.items()}
-        jax.ffi.register_ffi_target(TARGET, handlers, platform=platform)
+        jax.ffi.register_ffi_target(TARGET, handlers, platform=_PLATFORMS[platform])
         _registered.add(platform)
 
 

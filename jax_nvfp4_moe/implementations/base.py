@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.routing import Routing
 
 Numerics = Literal["kernel", "vllm"]
 
@@ -33,13 +34,23 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The sizes and the device that a choice of implementation depends on."""
+    """The sizes and the device that a choice of implementation depends on.
+
+    Attributes:
+        call: what is computed.
+        experts: those of this device.
+        tokens: T.
+        top_k: K.
+        device_kind: of what it runs on.
+        routing: what the implementation is to route by itself, or None if that is done before.
+    """
 
     call: Call
     experts: ExpertWeights
     tokens: int
     top_k: int
     device_kind: str
+    routing: Routing | None = None
 
 
 class Implementation(Protocol):
@@ -64,4 +75,16 @@ class Implementation(Protocol):
         experts: ExpertWeights,
     ) -> Float[Array, "T H"]:
         """The layer's output, of `call.output_dtype`. Arguments are checked already."""
+        ...
+
+    def run_from_logits(
+        self,
+        call: Call,
+        routing: Routing,
+        x: Float[Array, "T H"],
+        logits: Float[Array, "T E"],
+        bias: Float[Array, " E"] | None,
+        experts: ExpertWeights,
+    ) -> Float[Array, "T H"]:
+        """The same, and the implementation routes, as `route` does."""
         ...

@@ -28,6 +28,7 @@ from jax_nvfp4_moe.implementations._contractions import (
 from jax_nvfp4_moe.implementations._grouping import Tile, expected_hits, group, tile_rows
 from jax_nvfp4_moe.implementations._recipes import Contract, Recipe
 from jax_nvfp4_moe.implementations.base import Call, Problem
+from jax_nvfp4_moe.routing import Routing, route
 
 name = "emulation"
 
@@ -86,6 +87,18 @@ def run(
     with jax.named_scope("combine"):
         total = recipe.combine(rows.astype(jnp.float32), topk_weights)
         return round_to(total, call.output_dtype).astype(call.output_dtype)
+
+
+def run_from_logits(
+    call: Call,
+    routing: Routing,
+    x: Float[Array, "T H"],
+    logits: Float[Array, "T E"],
+    bias: Float[Array, " E"] | None,
+    experts: ExpertWeights,
+) -> Float[Array, "T H"]:
+    """The layer's output; there is no faster way to route than `route`."""
+    return run(call, x, *route(logits, routing, bias=bias), experts)
 
 
 def local_ids(

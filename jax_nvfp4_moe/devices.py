@@ -1,0 +1,28 @@
+"""Which device a trace is for."""
+
+import jax
+
+# NVIDIA's compute capabilities of the GPUs that a native path serves, by what their names contain,
+# lower case: GB200 and GB300 too (developer.nvidia.com/cuda-gpus).
+_CAPABILITIES = {"b100": "10.0", "b200": "10.0", "b300": "10.3"}
+
+
+def current_kind() -> str:
+    """The kind of the device that is being traced for, such as "NVIDIA B200".
+
+    That of the mesh in force, of devices or abstract, so that a program can be made for a GPU that
+    is not there; then that of `jax.default_device`; then of this process's first device.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described.device_kind
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(default, str):
+        default = jax.devices(default)[0]
+    return (default or jax.devices()[0]).device_kind
+
+
+def capability(kind: str) -> str | None:
+    """The compute capability of a Blackwell datacenter GPU, "10.0" or "10.3"; else None."""
+    found = (number for name, number in _CAPABILITIES.items() if name in kind.lower())
+    return next(found, None)

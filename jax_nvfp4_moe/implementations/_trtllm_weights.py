@@ -1,0 +1,131 @@
+"""What the TRTLLM-Gen function is given of the experts: weights, and every scale folded into three.
+
+The formulas are those of batched_gemm's BatchedGemmInterface.h, lines 351-397, of flashinfer-cubin
+0.6.13.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+from jax_nvfp4_moe.activations import Activation
+from jax_nvfp4_moe.bridge.call import Argument
+from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.format import reciprocal
+from jax_nvfp4_moe.layouts import w2_row_order, w13_row_order
+
+# ActivationType, in include/flashinfer/trtllm/fused_moe/runner.h of flashinfer-python 0.6.13.
+ACT_TYPES = {"silu": 3, "gelu": 4, "swiglu_oai": 3, "relu2": 6}
+
+
+class OutputScales(NamedTuple):
+    """What the kernel multiplies its sums with, float32 [E] each.
+
+    Attributes:
+        up: output1_scales_scalar: the up half, divided by what GEMM2's activations are scaled by.
+        gate: output1_scales_gate_scalar: the gate half, before the activation; of experts without
+            gates, all of it.
+        down: output2_scales_scalar.
+    """
+
+    up: Float32[Array, " E"]
+    gate: Float32[Array, " E"]
+    down: Float32[Array, " E"]
+
+
+def weight_arguments(
+    activation: Activation,
+    experts: ExpertWeights,
+    input_scale: Float32[Array, ""],
+    hidden_scale: Float32[Array, ""],
+) -> dict[str, Argument]:
+    """The arguments that are the same for all tokens.
+
+    Args:
+        activation: between the two GEMMs.
+        experts: in the layout "trtllm".
+        input_scale: decode scale of GEMM1's activations, or 1 where each token has its own.
+        hidden_scale: decode scale of GEMM2's activations, or 1 likewise.
+    """
+    sums = _sum_scales(activation, experts, input_scale)
+    scales = output_scales(experts, sums, hidden_scale)
+    return {
+        "gemm1_weights": experts.w13.data,
+        "gemm1_weights_scale": experts.w13.scale,
+        "gemm2_weights": experts.w2.data,
+        "gemm2_weights_scale": experts.w2.scale,
+        "output1_scales_scalar": scales.up,
+        "output1_scales_gate_scalar": scales.gate,
+        "output2_scales_scalar": scales.down,
+        **_epilogue(activation, experts, sums, scales.down),
+        "intermediate_size": experts.w2.shape[-1],
+        "local_expert_offset": 0,
+        "local_num_experts": experts.num_experts,
+        "do_finalize": True,
+        "enable_pdl": True,
+        "act_type": ACT_TYPES[activation.name],
+        "config_index": (-1, -1),
+        "routing_replay_out": None,
+    }
+
+
+def _sum_scales(
+    activation: Activation, experts: ExpertWeights, input_scale: Float32[Array, ""]
+) -> Float32[Array, "E G"]:
+    """What GEMM1's sums are in units of, gate's and up's."""
+    sums = experts.w13.global_scale * input_scale
+    if activation.limit is None or math.isinf(activation.limit) or not experts.gated:
+        return sums
+    # One limit clamps both halves' sums, so that they must be in the same unit. Inside jit nobody
+    # can be told: a result of NaN is seen, one of wrong numbers is not.
+    return jnp.where(sums[:, :1] == sums[:, 1:], sums, jnp.nan)
+
+
+def output_scales(
+    experts: ExpertWeights, sums: Float32[Array, "E G"], hidden_scale: Float32[Array, ""]
+) -> OutputScales:
+    """The scales that the kernel's epilogues apply.
+
+    The activation's output is stored divided by `hidden_scale`. It is linear in the up half, whose
+    scale takes the division along; without gates the division stands alone.
+
+    Args:
+        experts: of whose w2 the global scales are folded in.
+        sums: decode scales of GEMM1's sums: of gate and up, or of up alone.
+        hidden_scale: decode scale of GEMM2's activations.
+    """
+    encode = reciprocal(hidden_scale)
+    down = experts.w2.global_scale * hidden_scale
+    up = sums[:, 1] * encode if experts.gated else jnp.broadcast_to(encode, down.shape)
+    return OutputScales(up, sums[:, 0], down)
+
+
+def _epilogue(
+    activation: Activation,
+    experts: ExpertWeights,
+    sums: Float32[Array, "E G"],
+    down: Float32[Array, " E"],
+) -> dict[str, Array | None]:
+    """Biases and the activation's parameters, which but for alpha act on sums without scales."""
+    hidden_size, intermediate_size = experts.w2.shape[-2], experts.w2.shape[-1]
+    bias1 = bias2 = None
+    if experts.w13_bias is not None:
+        extra = intermediate_size - experts.intermediate_size
+        bias = experts.w13_bias.reshape(*sums.shape, experts.intermediate_size)
+        bias = jnp.pad(bias / sums[..., None], ((0, 0), (0, 0), (0, extra)))
+        order = w13_row_order("trtllm", intermediate_size, gated=experts.gated)
+        bias1 = bias.reshape(len(bias), -1)[:, order]
+    if experts.w2_bias is not None:
+        extra = hidden_size - experts.hidden_size
+        bias = jnp.pad(experts.w2_bias / down[:, None], ((0, 0), (0, extra)))
+        bias2 = bias[:, w2_row_order("trtllm", hidden_size)]
+    alpha, beta, limit = activation.alpha, activation.beta, activation.limit
+    return {
+        "gemm1_bias": bias1,
+        "gemm1_alpha": None if alpha is None else jnp.full(down.shape, alpha, jnp.float32),
+        "gemm1_beta": None if beta is None else beta / sums[:, -1],
+        "gemm1_clamp_limit": None if limit is None or math.isinf(limit) else limit / sums[:, 0],
+        "gemm2_bias": bias2,
+    }
