@@ -14,6 +14,7 @@ This tells which instructions run and what memory they plan, not how fast or how
 import functools
 import importlib.util
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ class Compiled:
     output_bytes: int
     roundings: tuple[Rounding, ...]
     """What rounds in the lowered program."""
+    thunks: tuple[str, ...]
+    """What is executed, a line each; what a command buffer has is indented below it."""
 
     @property
     def custom_calls(self) -> list[str]:
@@ -85,8 +88,11 @@ class Compiled:
         return count
 
 
-def compile_for(target: Target, fn: Callable, *args: Any) -> Compiled:
-    """Compiles `jax.jit(fn)` for a target. `args` are pytrees of arrays or `ShapeDtypeStruct`s."""
+def compile_for(target: Target, fn: Callable, *args: Any, **options: str) -> Compiled:
+    """Compiles `jax.jit(fn)` for a target.
+
+    `args` are pytrees of arrays or `ShapeDtypeStruct`s, `options` flags of XLA.
+    """
     device = _device(target)
     sharding = SingleDeviceSharding(device)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
@@ -96,7 +102,11 @@ def compile_for(target: Target, fn: Callable, *args: Any) -> Compiled:
         lowered = jax.jit(fn).trace(*shapes).lower(lowering_platforms=("cuda",))
         text = lowered.as_text()
         found = tag(cast(ir.Module, lowered.compiler_ir()))
-        executable = lowered.compile()
+        with tempfile.TemporaryDirectory() as dump:
+            executable = lowered.compile({"xla_dump_to": dump, **options})
+            # The second, which sorts last, is written if command buffers were made of the first.
+            sequences = sorted(Path(dump).glob("*.thunk_sequence*.txt"))
+            thunks = sequences[-1].read_text().splitlines()
     memory = cast(Any, executable.memory_analysis())
     return Compiled(
         target=target,
@@ -105,6 +115,7 @@ def compile_for(target: Target, fn: Callable, *args: Any) -> Compiled:
         temp_bytes=memory.temp_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         roundings=tuple(found),
+        thunks=tuple(thunks),
     )
 
 
