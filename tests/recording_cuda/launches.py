@@ -309,6 +309,8 @@ def _pointers(
         field = gemm_parameters.field_at(offset) if is_gemm else ""
         if field is None or (field.startswith("tma") and offset not in maps):
             continue  # What the stack held before.
+        if not is_gemm and distance % 4:
+            continue  # The same, with flags over its first bytes: nothing is read from there.
         pointers.append(Pointer(offset, buffer.label, distance, field, offset in maps))
     return tuple(pointers)
 
