@@ -103,6 +103,14 @@ struct CallSite {
 
 ffi::TypeId CallSite::id = {};
 
+// The same under a second number. JAX's CPU backend and its CUDA plugin each number types on their own,
+// and take a number that is there already for theirs: shared, it would be another type's in one of them.
+struct HostCallSite : CallSite {
+  static ffi::TypeId id;
+};
+
+ffi::TypeId HostCallSite::id = {};
+
 // Where buffers are said to be, and whose stream it is.
 struct Place {
   DLDevice device;
@@ -334,8 +342,9 @@ T Attribute(const ffi::Dictionary& attributes, const char* name) {
   return *value;
 }
 
-ffi::ErrorOr<std::unique_ptr<CallSite>> Instantiate(ffi::Dictionary attributes) {
-  auto site = std::make_unique<CallSite>();
+template <typename Site>
+ffi::ErrorOr<std::unique_ptr<Site>> Instantiate(ffi::Dictionary attributes) {
+  auto site = std::make_unique<Site>();
   const ffi::Error error = Guarded(*site, [&] {
     site->function = Attribute<std::string_view>(attributes, "function");
     site->module = Attribute<std::string_view>(attributes, "module");
@@ -373,7 +382,7 @@ ffi::Error Execute(CallSite* site, int32_t ordinal, void* stream, ffi::Remaining
 }
 
 // On the CPU XLA has no stage in which to load; the first call does.
-ffi::Error ExecuteOnHost(CallSite* site, int32_t ordinal, ffi::RemainingArgs args,
+ffi::Error ExecuteOnHost(HostCallSite* site, int32_t ordinal, ffi::RemainingArgs args,
                          ffi::RemainingRets rets) {
   return Guarded(*site, [&] {
     site->Resolve();
@@ -399,8 +408,20 @@ EXPORTED ffi::TypeInfo* jax_nvfp4_moe_call_site_info() {
   return &info;
 }
 
+EXPORTED ffi::TypeId* jax_nvfp4_moe_call_site_id_on_host() { return &HostCallSite::id; }
+
+EXPORTED ffi::TypeInfo* jax_nvfp4_moe_call_site_info_on_host() {
+  static ffi::TypeInfo info = ffi::MakeTypeInfo<HostCallSite>();
+  return &info;
+}
+
 EXPORTED XLA_FFI_Error* jax_nvfp4_moe_instantiate(XLA_FFI_CallFrame* frame) {
-  static auto* handler = ffi::Ffi::BindInstantiate().Attrs().To(Instantiate).release();
+  static auto* handler = ffi::Ffi::BindInstantiate().Attrs().To(Instantiate<CallSite>).release();
+  return handler->Call(frame);
+}
+
+EXPORTED XLA_FFI_Error* jax_nvfp4_moe_instantiate_on_host(XLA_FFI_CallFrame* frame) {
+  static auto* handler = ffi::Ffi::BindInstantiate().Attrs().To(Instantiate<HostCallSite>).release();
   return handler->Call(frame);
 }
 
@@ -430,7 +451,7 @@ EXPORTED XLA_FFI_Error* jax_nvfp4_moe_execute(XLA_FFI_CallFrame* frame) {
 
 EXPORTED XLA_FFI_Error* jax_nvfp4_moe_execute_on_host(XLA_FFI_CallFrame* frame) {
   static auto* handler = ffi::Ffi::Bind()
-                             .Ctx<ffi::State<CallSite>>()
+                             .Ctx<ffi::State<HostCallSite>>()
                              .Ctx<ffi::DeviceOrdinal>()
                              .RemainingArgs()
                              .RemainingRets()

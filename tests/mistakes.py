@@ -1401,6 +1401,19 @@ MISTAKES = (
         expected="expected K = 1",
     ),
     Mistake(
+        function="nvfp4_moe",
+        title="an array for a flag",
+        code="nvm.nvfp4_moe(x, logits, experts, routing, route_in_kernel=jnp.array(True))",
+        error="TypeError",
+        message=(
+            "route_in_kernel is an array of shape () and dtype bool, expected True or False, "
+            "static under jit"
+        ),
+        argument="route_in_kernel",
+        given="an array of shape () and dtype bool",
+        expected="expected True or False",
+    ),
+    Mistake(
         function="nvfp4_moe_routed",
         title="ids and weights swapped",
         code="nvm.nvfp4_moe_routed(x, weights, ids, experts)",

@@ -4,7 +4,7 @@ import ctypes
 import functools
 import threading
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -15,6 +15,8 @@ _LIBRARY = Path(__file__).with_name("libjax_nvfp4_moe.so")
 _CALL_SITE = "jax_nvfp4_moe_call_site_v1"
 # As XLA spells them; under "cuda" a handler would be kept and never found.
 _PLATFORMS = {"cuda": "CUDA", "cpu": "cpu"}
+# Of the functions that the library has for each.
+_SUFFIXES = {"cuda": "", "cpu": "_on_host"}
 _lock = threading.Lock()
 _registered: set[str] = set()
 
@@ -37,8 +39,9 @@ def _open() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_LIBRARY))
     library.jax_nvfp4_moe_register_module.argtypes = [ctypes.c_char_p] * 4
     library.jax_nvfp4_moe_register_module.restype = ctypes.c_char_p
-    for name in ("jax_nvfp4_moe_call_site_id", "jax_nvfp4_moe_call_site_info"):
-        getattr(library, name).restype = ctypes.c_void_p
+    for suffix in _SUFFIXES.values():
+        for name in ("call_site_id", "call_site_info"):
+            getattr(library, f"jax_nvfp4_moe_{name}{suffix}").restype = ctypes.c_void_p
     return library
 
 
@@ -71,28 +74,27 @@ def register_targets(platform: Literal["cuda", "cpu"]) -> None:
         OSError: the library is not there.
     """
     library = _open()
+
+    def exported(name: str) -> Any:
+        return getattr(library, f"jax_nvfp4_moe_{name}{_SUFFIXES[platform]}")
+
     with _lock:
         if platform in _registered:
             return
         if platform == "cpu":
-            # A type that is registered before this backend is there breaks it. For CUDA JAX keeps it
-            # until there is one.
+            # A type that is registered before this backend is there breaks it; one for CUDA waits.
             jax.devices("cpu")
         jax.ffi.register_ffi_type(
             _CALL_SITE,
             {
-                "type_id": _capsule(library.jax_nvfp4_moe_call_site_id()),
-                "type_info": _capsule(library.jax_nvfp4_moe_call_site_info()),
+                "type_id": _capsule(exported("call_site_id")()),
+                "type_info": _capsule(exported("call_site_info")()),
             },
             platform=_PLATFORMS[platform],
         )
-        stages = {"instantiate": library.jax_nvfp4_moe_instantiate}
-        if platform == "cuda":
-            stages["initialize"] = library.jax_nvfp4_moe_initialize
-            stages["execute"] = library.jax_nvfp4_moe_execute
-        else:
-            stages["execute"] = library.jax_nvfp4_moe_execute_on_host
-        handlers = {stage: jax.ffi.pycapsule(handler) for stage, handler in stages.items()}
+        # The CPU backend has no stage in which to initialize.
+        stages = ["instantiate", *(["initialize"] if platform == "cuda" else []), "execute"]
+        handlers = {stage: jax.ffi.pycapsule(exported(stage)) for stage in stages}
         jax.ffi.register_ffi_target(TARGET, handlers, platform=_PLATFORMS[platform])
         _registered.add(platform)
 

@@ -1,0 +1,35 @@
+"""The emulation, run on a GPU: held to the float64 oracle, and its roundings to the bit.
+
+The tests are those that run on CPUs. XLA compiles other programs for a GPU, in which a rounding may
+be lost that is kept on a CPU, or a product be computed in TF32.
+"""
+
+import pytest
+
+from tests.test_conformance import (  # noqa: F401
+    test_eager_matches_float64,
+    test_every_layout_gives_the_same_bits,
+    test_ids_out_of_range_contribute_nothing,
+    test_matches_float64,
+    test_mistaken_scales_fail,
+    test_mistakes_fail,
+    test_no_tokens,
+    test_output_is_rounded_once,
+)
+from tests.test_format import (  # noqa: F401
+    test_block_scales_at_their_ties,
+    test_codes_at_every_boundary,
+    test_dequantise_looks_codes_up,
+    test_quantise_at_given_scales,
+    test_quantise_in_every_mode,
+    test_quantise_with_its_own_scale,
+    test_rounds_at_every_boundary,
+)
+from tests.test_goldens import (  # noqa: F401
+    test_block_scales,
+    test_dequantize,
+    test_layer,
+    test_quantise_dequantise,
+)
+
+pytestmark = pytest.mark.gpu
