@@ -284,6 +284,34 @@ def check_model(name, run: Run, case):
     return status, "", {"emulation": numbers}
 
 
+# -------------------------------------------------------------------------- routed by the kernel
+
+
+def check_router(name, case: models.Routed):
+    """The implementation's own router against `route` and the emulation."""
+    layer, keys = case.case, jax.random.split(jax.random.key(2), 2)
+    x, _, _, experts = arguments_of(layer)
+    logits = 2 * jax.random.normal(keys[0], (case.tokens, case.experts))
+    bias = jax.random.normal(keys[1], (case.experts,)) if case.bias else None
+    ready = nvm.prepare(experts, name)
+    got = nvm.nvfp4_moe(
+        x,
+        logits,
+        ready,
+        case.routing,
+        bias=bias,
+        activation=case.activation,
+        implementation=name,
+        route_in_kernel=True,
+    )
+    if problem := finite(got.astype(jnp.float32)):
+        return "failed", problem, {}
+    ids, weights = nvm.route(logits, case.routing, bias=bias)
+    want = models.expected_of(layer, (x, ids, weights, experts))
+    status, numbers = against_emulation(got.astype(jnp.float32), want)
+    return status, "", {"emulation": numbers}
+
+
 # ---------------------------------------------------------------------------------- runs over again
 
 LAYERS, REPEATS = 6, 20  # XLA records five calls in a row or more into a CUDA graph
@@ -336,16 +364,23 @@ class Scope:
     cases: tuple[conformance.Case, ...]
     tokens: tuple[int, ...]  # of models' layers
     repeats: tuple[models.Case, ...]
+    routers: tuple[models.Routed, ...]
 
 
 CONTROLS = (conformance.Case(tokens=2), conformance.Case(tokens=40))
 _REPEATS = tuple(models.Case(tokens, 4, 32, 512, 256) for tokens in (1, 40, 700))
 SCOPES = {
-    "default": Scope(conformance.CASES, (1, 64, 1024), _REPEATS),
+    "default": Scope(
+        conformance.CASES,
+        (1, 64, 1024),
+        _REPEATS,
+        tuple(case for case in models.routers() if case.tokens <= 300),
+    ),
     "all": Scope(
         (*conformance.CASES, *conformance.SLOW_CASES),
         (1, 2, 7, 16, 64, 300, 1024, 4096, 8192),
         _REPEATS,
+        tuple(models.routers()),
     ),
 }
 
@@ -362,10 +397,14 @@ def plan(name, run: Run, scope: Scope) -> list[Check]:
         "models": {label: (check_model, case) for label, case in model_cases(scope.tokens)},
         "repeats": {f"{case.tokens} tokens": (check_repeats, case) for case in scope.repeats},
     }
-    return [
+    checks = [
         Check(name, group, label, functools.partial(check, name, run, *rest))
         for group, checks in groups.items()
         for label, (check, *rest) in checks.items()
+    ]
+    return checks + [
+        Check(name, "routers", str(case), functools.partial(check_router, name, case))
+        for case in scope.routers
     ]
 
 

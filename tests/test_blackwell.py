@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe import selection
 from tests import blackwell
 from tests.blackwell import MISTAKES, Outcome, Scope
@@ -46,7 +47,7 @@ def altered(change):
 
 
 def test_the_emulation_passes():
-    scope = Scope((CASE,), (), (MODEL,))
+    scope = Scope((CASE,), (), (MODEL,), ())
     outcomes = blackwell.perform(blackwell.plan(NAME, emulated, scope), quiet=True)
     assert [each for each in outcomes if each.status != "passed"] == []
     assert blackwell.passed(outcomes)
@@ -83,6 +84,28 @@ def test_a_scale_that_hides_in_the_rounding_of_each_element(factor, status, rng)
     got = (factor * want).astype(np.float32).astype(jnp.bfloat16)
     assert blackwell.measured(got, want)["beyond_rounding"] < 1e-2
     assert blackwell.against_emulation(got, want)[0] == status
+
+
+def test_a_router(monkeypatch):
+    """Weights in bfloat16, as kernels have them, pass; another order of tokens does not."""
+    routing = nvm.Routing("minimax2", 3)
+    one = models.Routed(routing, 9, 12, bias=True)
+
+    def routed(change):
+        def run(x, logits, experts, routing, *, bias, activation, implementation, route_in_kernel):
+            assert (implementation, route_in_kernel) == (NAME, True)
+            ids, weights = nvm.route(change(logits), routing, bias=bias)
+            weights = weights.astype(jnp.bfloat16)
+            return emulated(x, ids, weights, experts, activation=activation)
+
+        return run
+
+    monkeypatch.setattr(blackwell.nvm, "nvfp4_moe", routed(lambda logits: logits))
+    assert blackwell.check_router(NAME, one)[0] == "passed"
+    monkeypatch.setattr(blackwell.nvm, "nvfp4_moe", routed(lambda logits: logits[::-1]))
+    assert blackwell.check_router(NAME, one)[0] == "failed"
+    (check,) = blackwell.plan(NAME, emulated, Scope((), (), (), (one,)))[-1:]
+    assert (check.group, check.name) == ("routers", str(one))
 
 
 def test_an_element_that_is_not_written():
@@ -149,7 +172,7 @@ def test_refusals_and_exceptions_do_not_end_it():
     def fail(*_, **__):
         raise ValueError("what")
 
-    scope = Scope((CASE,), (), ())
+    scope = Scope((CASE,), (), (), ())
     for run, status, detail in (
         (refuse, "refused", "not here"),
         (fail, "failed", "ValueError: what"),
@@ -204,7 +227,7 @@ def pretended(monkeypatch, tmp_path):
     monkeypatch.setattr(blackwell, "wrong_machine", lambda: None)
     monkeypatch.setattr(blackwell, "native", lambda name: emulated)
     monkeypatch.setattr(blackwell, "CONTROLS", ())
-    monkeypatch.setitem(blackwell.SCOPES, "default", Scope((CASE,), (), ()))
+    monkeypatch.setitem(blackwell.SCOPES, "default", Scope((CASE,), (), (), ()))
     return tmp_path / "report.json"
 
 

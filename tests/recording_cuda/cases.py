@@ -167,6 +167,55 @@ def forms() -> Iterator[Case]:
             yield dataclasses.replace(base, **changes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Routed:
+    """A call that the kernel is to route.
+
+    Attributes:
+        routing: how.
+        tokens: T.
+        experts: E.
+        activation: its name.
+        bias: whether the router has one.
+    """
+
+    routing: nvm.Routing
+    tokens: int
+    experts: int
+    activation: str = "silu"
+    bias: bool = False
+
+    @property
+    def case(self) -> Case:
+        return Case(self.tokens, self.routing.top_k, self.experts, 512, 256, self.activation)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        corrected = self.routing.method in ("deepseek_v3", "minimax2")
+        return ("routing_bias",) if corrected else ()
+
+
+def routers() -> Iterator[Routed]:
+    """Every method, at the sizes of models, and on both sides of the numbers of tokens at which the
+    launcher takes other kernels."""
+    for tokens in (1, 4, 5, 16, 17, 256, 257, 1024, 8192):
+        yield Routed(nvm.Routing("renormalize", 8), tokens, 128)  # Qwen3
+    grouped = nvm.Routing("deepseek_v3", 8, n_group=8, topk_group=4, scaling_factor=2.5)
+    for tokens in (1, 16, 1024, 1025, 4096):
+        yield Routed(grouped, tokens, 256, bias=tokens != 16)  # DeepSeek-V3
+    for tokens in (1, 16, 300):
+        for method in ("default", "renormalize_naive", "sigmoid", "sigmoid_renorm", "topk"):
+            yield Routed(nvm.Routing(method, 4), tokens, 64)
+        yield Routed(nvm.Routing("renormalize", 10), tokens, 512)  # Qwen3-Next
+        yield Routed(nvm.Routing("renormalize", 32), tokens, 576)
+        yield Routed(nvm.Routing("renormalize", 4), tokens, 8, "gelu")
+        yield Routed(nvm.Routing("deepseek_v3", 8, scaling_factor=2.5), tokens, 384, bias=True)
+        yield Routed(nvm.Routing("deepseek_v3", 22), tokens, 512, "relu2")  # no bias: zeros
+        yield Routed(nvm.Routing("minimax2", 8), tokens, 256, bias=True)
+        yield Routed(nvm.Routing("llama4", 1), tokens, 16)
+        yield Routed(nvm.Routing("llama4", 1), tokens, 128)
+
+
 def small() -> Iterator[Case]:
     """Those that are computed: odd sizes, all that an epilogue does."""
     base = Case(9, 3, 5, 272, 80)
