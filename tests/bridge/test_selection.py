@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe.bridge import flashinfer, manifest
@@ -361,6 +367,35 @@ def test_biases_limits_and_scales_of_tokens(add):
         assert call.values[name] == "tensor<8xf32>"
 
 
+def test_gradients(add):
+    """One call forwards; backwards the emulation, from what was passed."""
+    add("10.0a")
+    (x, logits), experts = tokens(), nvm.prepare(layer(), "trtllm")
+
+    def loss(x, logits, experts):
+        return nvm.nvfp4_moe(x, logits, experts, ROUTING).astype(jnp.float32).sum()
+
+    made = exported_for(B200, jax.value_and_grad(loss, argnums=(0, 1)), x, logits, experts)
+    assert len(calls_of(made)) == 1
+    assert [str(out) for out in made.out_avals] == [
+        "float32[]",
+        "bfloat16[16,272]",
+        "float32[16,8]",
+    ]
+
+
+def test_a_batch_is_one_call(add):
+    add("10.0a")
+    (x, logits), experts = tokens(), nvm.prepare(layer(), "trtllm")
+
+    def batched(x, logits, experts):
+        return jax.vmap(lambda *one: nvm.nvfp4_moe(*one, experts, ROUTING))(x, logits)
+
+    made = exported_for(B200, batched, jnp.stack([x] * 3), jnp.stack([logits] * 3), experts)
+    (call,) = calls_of(made)
+    assert call.values["hidden_states"] == "tensor<48x256xui8>"
+
+
 def test_experts_that_are_split_over_devices(add):
     """Each device's share, and the sum over all of them."""
     add("10.0a")
@@ -368,6 +403,7 @@ def test_experts_that_are_split_over_devices(add):
     mesh = AbstractMesh(
         (4,),
         ("expert",),
+        axis_types=(AxisType.Auto,),
         abstract_device=AbstractDevice(device_kind=B200, num_cores=None, platform="cuda"),
     )
 
