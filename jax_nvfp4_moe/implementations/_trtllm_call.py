@@ -154,8 +154,9 @@ def _launcher(
             # Narrower than the padded rows: what was padded is not written.
             "output": Output((len(values), experts.hidden_size), jnp.bfloat16),
         }
-        workspace = workspace_bytes(check_arguments(arguments))
+        sizes = check_arguments(arguments)
         ordered = flashinfer.arguments(FUNCTION, callee.version, arguments)
+        workspace = workspace_bytes(callee.version, sizes)
         *_, y = bridge_call(callee.module, FUNCTION, ordered, workspace=workspace)
         return y
 

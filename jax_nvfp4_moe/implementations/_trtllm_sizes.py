@@ -1,6 +1,7 @@
 """How many tokens the TRTLLM-Gen function takes at once, and how much memory it allocates.
 
-Source: data/csrc/trtllm_fused_moe_kernel_launcher.cu of flashinfer-python 0.6.13.
+Source: data/csrc/trtllm_fused_moe_kernel_launcher.cu of flashinfer-python, lines 120-202 and
+1763-1934 of 0.6.13, 1050-1125, 1431-1474, 1589-1593 and 5192-5237 of 0.7.2.post1.
 """
 
 import dataclasses
@@ -51,14 +52,39 @@ def max_tokens(top_k: int, num_experts: int) -> int:
     return min(_MAX_TOKENS, pairs // top_k)
 
 
-def workspace_bytes(sizes: Sizes) -> int:
+@dataclasses.dataclass(frozen=True)
+class _Release:
+    """What of the workspace differs between versions.
+
+    Attributes:
+        tiles: of tokens, from which the function chooses by itself.
+        extra_row: whether the map of padded rows has one entry more.
+        has_ids: whether there is a buffer for ids, though the caller brings one.
+    """
+
+    tiles: tuple[int, ...]
+    extra_row: bool
+    has_ids: bool
+
+
+_RELEASES = {
+    "0.6.13": _Release((8, 16, 32, 64, 128), extra_row=False, has_ids=False),
+    "0.7.2.post1": _Release((8, 16, 32, 64, 128, 192), extra_row=True, has_ids=True),
+}
+
+
+def workspace_bytes(version: str, sizes: Sizes) -> int:
     """What the function allocates in one call with the tactic that it chooses by itself.
 
-    (Lines 120-202 and 1763-1934.)
+    Args:
+        version: flashinfer-python's.
+        sizes: the call's.
     """
+    release = _RELEASES[version]
     pairs = sizes.tokens * sizes.top_k
-    average = math.ceil(pairs / sizes.local_experts)
-    tile = max(8, min(256, 1 << (average - 1).bit_length()) // 2)
+    # The largest below an expert's share of the tokens.
+    smaller = [tile for tile in release.tiles if tile * sizes.local_experts < pairs]
+    tile = max(smaller, default=release.tiles[0])
     hit = min(sizes.num_experts, pairs)
     ctas = hit + (pairs - hit) // tile
     rows = ctas * tile
@@ -69,7 +95,8 @@ def workspace_bytes(sizes: Sizes) -> int:
         4 * sizes.num_experts,
         4,
         4 * pairs,
-        4 * rows,
+        4 * (rows + release.extra_row),
+        *([4 * pairs] if release.has_ids else []),
         4 * max(2 * sizes.num_experts, 512),
         4 * ctas,
         4 * ctas,

@@ -138,7 +138,7 @@ def describe(problem: Problem) -> str:
     read = hits * experts.nbytes / experts.num_experts / 1e6
     parts = [f"FlashInfer {module.version}; reads about {read:.1f} MB of packed weights"]
     if problem.tokens:
-        parts.append(f"workspace {workspace_bytes(_sizes(problem)) / 1e6:.1f} MB")
+        parts.append(f"workspace {workspace_bytes(module.version, _sizes(problem)) / 1e6:.1f} MB")
     if experts.layout != name:
         parts.append("rearranges all weights in each call: prepare(experts, 'trtllm') does it once")
     return "; ".join([*parts, _EVIDENCE])

@@ -106,7 +106,7 @@ def test_explain_says_what_it_does_and_how_far_it_was_run(add):
     assert why.endswith("its launches were recorded, but it has never run on a GPU")
     _, why = reason(nvm.prepare(experts, "trtllm"))
     assert "rearranges" not in why
-    expected = workspace_bytes(Sizes(T, K, 12, E, 512, 128, per_token=False)) / 1e6
+    expected = workspace_bytes("0.6.13", Sizes(T, K, 12, E, 512, 128, per_token=False)) / 1e6
     assert f"workspace {expected:.1f} MB" in why
 
 
@@ -320,7 +320,7 @@ def test_a_program_for_a_b200_that_is_exported_here(add):
     parameters = flashinfer.PARAMETERS[call.function]["0.6.13"]
     assert tuple(call.values) == parameters
     assert call.values == dict.fromkeys(parameters) | TENSORS | NUMBERS
-    expected = workspace_bytes(Sizes(T, K, 12, E, 512, 128, per_token=False))
+    expected = workspace_bytes("0.6.13", Sizes(T, K, 12, E, 512, 128, per_token=False))
     assert call.workspace == f"tensor<{expected}xui8>"
     text = made.mlir_module()
     assert "dot_general" not in text  # which the emulation would have

@@ -9,6 +9,9 @@ installed CUDA toolkit are needed, only g++.
 The sources, defines and include directories are those of FlashInfer's own JIT specification. The
 flags differ (`nvcc_flags`): device code stays PTX, unoptimised, since nothing here ever runs it,
 and uncompressed, since the stand-in reads the kernels' parameter sizes from it.
+
+FlashInfer 0.7.2's prebuilt kernels are on no package index, so it is built with 0.6.13's and their
+headers, in which two things are changed (`SUBSTITUTIONS`): all else of it is its own.
 """
 
 import argparse
@@ -22,10 +25,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from .manifest import MANIFEST, default_cache
@@ -41,7 +46,6 @@ INSTALL = (
 )
 
 MODULE = "fused_moe_trtllm_sm100"
-FLASHINFER = "0.6.13"
 DISTRIBUTIONS = (
     "flashinfer-python",
     "flashinfer-cubin",
@@ -63,7 +67,36 @@ SPY_SOURCES = ("spy.cpp", "log.h")
 RUNTIME_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 HOST_FLAGS = ("-O0", "-w")
 # What FlashInfer sets that ours replace.
-REPLACED = re.compile(r"-gencode=.*|-O3|-Xfatbin=-compress-all")
+REPLACED = re.compile(r"-gencode=.*|-O3|-Xfatbin=-compress-all|--?compress-mode=size")
+
+# What 0.7.2 asserts of its kernels' headers and 0.6.13's do not have: the gated activation SiTuGlu,
+# before None, which has the next number. No kernel of 0.6.13's has that activation.
+SUBSTITUTIONS = (
+    ("trtllmGen_bmm_export/GemmGatedActOptions.h", "\n  GeGlu,\n", "\n  GeGlu,\n  SiTuGlu,\n"),
+    ("flashinferMetaInfo.h", "gemmGatedAct::ActType(2)\n", "gemmGatedAct::ActType(3)\n"),
+)
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a version of FlashInfer is built with.
+
+    Attributes:
+        cubins: the version of flashinfer-cubin.
+        runtime_sources: of the stand-in, beyond RUNTIME_SOURCES.
+        substitutions: what is changed in the headers of flashinfer-cubin: a file, what it has and
+            what it gets instead.
+    """
+
+    cubins: str
+    runtime_sources: tuple[str, ...] = ()
+    substitutions: tuple[tuple[str, str, str], ...] = ()
+
+
+RELEASES = {
+    "0.6.13": Release("0.6.13"),
+    "0.7.2.post1": Release("0.6.13", ("graphs.cpp",), SUBSTITUTIONS),
+}
 
 
 def nvcc_flags(arch: str) -> tuple[str, ...]:
@@ -82,9 +115,12 @@ def versions() -> dict[str, str]:
             lacking.append(name)
     if lacking:
         sys.exit(f"{sys.executable} lacks {', '.join(lacking)}. In a new environment:\n  {INSTALL}")
-    for name in ("flashinfer-python", "flashinfer-cubin"):
-        if found[name] != FLASHINFER:
-            sys.exit(f"{name} is {found[name]}; this builds {FLASHINFER} only")
+    release = RELEASES.get(found["flashinfer-python"])
+    if release is None:
+        known = ", ".join(RELEASES)
+        sys.exit(f"flashinfer-python is {found['flashinfer-python']}; this builds {known} only")
+    if found["flashinfer-cubin"] != release.cubins:
+        sys.exit(f"flashinfer-cubin is {found['flashinfer-cubin']}, not {release.cubins}")
     return found
 
 
@@ -124,9 +160,9 @@ def run(command: list[str]) -> float:
     return time.monotonic() - begun
 
 
-def build_runtime(cache: Path) -> Path:
+def build_runtime(cache: Path, more: tuple[str, ...]) -> Path:
     """The stand-in for libcudart.so.13 and libcuda.so.1. A few seconds."""
-    files = [HERE / name for name in (*RUNTIME_SOURCES, *RUNTIME_HEADERS)]
+    files = [HERE / name for name in (*RUNTIME_SOURCES, *more, *RUNTIME_HEADERS)]
     key = digest(*(file.read_bytes() for file in files), *RUNTIME_FLAGS)
     target = cache / f"runtime-{key}" / "libcudart.so.13"
     if target.exists():
@@ -134,7 +170,7 @@ def build_runtime(cache: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         made = Path(scratch) / target.name
-        sources = [f"-I{FFI}", *(str(HERE / name) for name in RUNTIME_SOURCES)]
+        sources = [f"-I{FFI}", *(str(HERE / name) for name in (*RUNTIME_SOURCES, *more))]
         script = f"-Wl,--version-script={HERE / 'symbols.map'}"
         link = ["-shared", "-Wl,-soname,libcudart.so.13", script, "-Wl,-z,defs", "-ldl"]
         seconds = run(["g++", *RUNTIME_FLAGS, *sources, "-o", str(made), *link])
@@ -164,15 +200,47 @@ def build_spy(cache: Path, module: Path, runtime: Path) -> Path:
     return target
 
 
-def compile_commands(cache: Path, arch: str, objects: Path) -> dict[str, list[str]]:
+def substitute(cache: Path, substitutions: tuple[tuple[str, str, str], ...]) -> tuple[str, str]:
+    """Lets FlashInfer find flashinfer-cubin's headers with some changes, instead of its own.
+
+    Returns:
+        What FlashInfer calls the path of the kernels and the sha256 of their list of checksums.
+    """
+    cubins = package_directory("flashinfer_cubin") / "cubins"
+    (original,) = cubins.glob("*/batched_gemm-*")
+    directory = cache / "cubins" / original.relative_to(cubins)
+    shutil.rmtree(cache / "cubins", ignore_errors=True)
+    shutil.copytree(original / "include", directory / "include")
+    for name, before, after in substitutions:
+        file = directory / "include" / name
+        text = file.read_text()
+        if before not in text:
+            raise RuntimeError(f"{original / 'include' / name} has no {before!r}")
+        file.write_text(text.replace(before, after))
+    sums = "".join(
+        f"{file_entry(header)['sha256']}  {header.relative_to(directory)}\n"
+        for header in sorted(directory.rglob("*.h"))
+    )
+    (directory / "checksums.txt").write_text(sums)
+    os.environ["FLASHINFER_CUBIN_DIR"] = str(cache / "cubins")
+    return f"{original.relative_to(cubins)}/", hashlib.sha256(sums.encode()).hexdigest()
+
+
+def compile_commands(
+    cache: Path, arch: str, objects: Path, release: Release
+) -> dict[str, list[str]]:
     """FlashInfer's compiler calls with our flags, by the path of the object each makes."""
     os.environ["FLASHINFER_CUDA_ARCH_LIST"] = arch  # A CPU build of torch knows no GPU.
     os.environ["CUDA_HOME"] = str(package_directory("nvidia") / "cu13")
     os.environ["FLASHINFER_WORKSPACE_BASE"] = str(cache / "flashinfer")
     os.environ["FLASHINFER_NO_DOWNLOAD"] = "1"
     os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "error")
+    headers = substitute(cache, release.substitutions) if release.substitutions else None
+    from flashinfer.artifacts import ArtifactPath, CheckSumHash
     from flashinfer.jit.fused_moe import gen_trtllm_gen_fused_moe_sm100_module
 
+    if headers is not None:
+        ArtifactPath.TRTLLM_GEN_BMM, CheckSumHash.TRTLLM_GEN_BMM = headers
     spec = gen_trtllm_gen_fused_moe_sm100_module()
     if spec.name != MODULE:
         raise RuntimeError(f"FlashInfer calls its module {spec.name}, not {MODULE}")
@@ -185,7 +253,9 @@ def compile_commands(cache: Path, arch: str, objects: Path) -> dict[str, list[st
     return commands
 
 
-def build_module(cache: Path, arch: str, key: str, runtime: Path, jobs: int) -> tuple[Path, float]:
+def build_module(
+    cache: Path, arch: str, key: str, runtime: Path, jobs: int, release: Release
+) -> tuple[Path, float]:
     """FlashInfer's module, and how many seconds it took to build. Kept under `key`."""
     target = cache / f"{MODULE}-{key}" / f"{MODULE}.so"
     took = target.with_suffix(".seconds")
@@ -194,7 +264,7 @@ def build_module(cache: Path, arch: str, key: str, runtime: Path, jobs: int) -> 
         return target, float(took.read_text())
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        commands = compile_commands(cache, arch, Path(scratch))
+        commands = compile_commands(cache, arch, Path(scratch), release)
         print(f"{MODULE}: {len(commands)} sources, {jobs} at a time", flush=True)
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             # The slowest first, so that none is left over at the end.
@@ -226,17 +296,22 @@ def file_entry(path: Path) -> dict[str, str]:
 def build(cache: Path, arch: str, jobs: int) -> Path:
     """Builds what is not built yet, and returns the path of the manifest."""
     found = versions()
+    release = RELEASES[found["flashinfer-python"]]
     flags = {"nvcc": nvcc_flags(arch), "host": HOST_FLAGS}
+    inputs: list[object] = [found, flags, sys.version_info[:2]]
+    if release.substitutions:
+        inputs.append(release.substitutions)
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache):
-        runtime = build_runtime(cache)
-        key = digest(json.dumps([found, flags, sys.version_info[:2]]))
-        module, seconds = build_module(cache, arch, key, runtime, jobs)
+        runtime = build_runtime(cache, release.runtime_sources)
+        key = digest(json.dumps(inputs))
+        module, seconds = build_module(cache, arch, key, runtime, jobs, release)
         spy = build_spy(cache, module, runtime)
         manifest = {
             "arch": arch,
             "versions": found,
             "flags": flags,
+            "substitutions": release.substitutions,
             "module_build_seconds": seconds,
             "runtime": file_entry(runtime),
             "module": file_entry(module),
@@ -253,11 +328,12 @@ def build(cache: Path, arch: str, jobs: int) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--cache", type=Path)
     parser.add_argument("--arch", default="10.0a")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
-    print(build(args.cache.expanduser().resolve(), args.arch, args.jobs))
+    cache = args.cache or default_cache(versions()["flashinfer-python"])
+    print(build(cache.expanduser().resolve(), args.arch, args.jobs))
 
 
 if __name__ == "__main__":

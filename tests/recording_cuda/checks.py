@@ -15,26 +15,23 @@ from typing import Any
 from .buffers import Buffers
 from .calls import Spy
 from .fp4_moe import (
-    ARGUMENTS,
     DEEPSEEK_V3,
     FROM_LOGITS,
     GEGLU,
     PACKED,
-    PER_TOKEN_WORKSPACE,
+    RELEASES,
     RELU2,
     SWIGLU,
     SYMBOL,
-    WORKSPACE,
     Shape,
     arguments,
     family,
     miswired,
     operands,
-    workspace,
 )
 from .launches import Recording, load, mapped
 from .manifest import read_manifest
-from .tvm_ffi import CalleeError, Caller
+from .tvm_ffi import CalleeError, Caller, Tensor
 
 QWEN3_30B = Shape(tokens=16, top_k=8, experts=128, hidden=2048, intermediate=768)
 STREAM = 0x5EA70000
@@ -46,11 +43,19 @@ class Session:
 
     def __init__(self, cubins: Path | None = None) -> None:
         self.manifest = read_manifest()
+        self.release = RELEASES[self.manifest.flashinfer]
         self.runtime, self.module = load(self.manifest)
         self.runtime.use_cubins(self.module, cubins or self.manifest.cubin_directory)
 
+    def workspace(self, shape: Shape, per_token: bool = False) -> dict[str, int]:
+        """The bytes of each buffer that a call should allocate, in order."""
+        return self.release.workspace(shape, per_token)
+
+    def arguments(self, shape: Shape, tensors: dict[str, Tensor], **options: Any) -> list[object]:
+        return arguments(shape, tensors, version=self.manifest.flashinfer, **options)
+
     def caller(self, buffers: Buffers, stream: int = STREAM, **options: Any) -> Caller:
-        options = {"names": WORKSPACE} | options
+        options = {"names": tuple(self.workspace(QWEN3_30B))} | options
         return Caller(self.manifest.tvm_ffi, buffers, stream, **options)
 
     def call(
@@ -65,10 +70,11 @@ class Session:
     ) -> tuple[Recording, dict[str, int]]:
         """One call: what was recorded, and the bytes of each allocation."""
         self.runtime.clear()
-        names = PER_TOKEN_WORKSPACE if "per_token_scales" in optional else WORKSPACE
+        names = tuple(self.workspace(shape, "per_token_scales" in optional))
         caller = self.caller(buffers, limit=limit, device=device, names=names)
         tensors = operands(shape, buffers, optional)
-        caller.call(getattr(self.module, SYMBOL), *arguments(shape, tensors, mode, **options))
+        packed = self.arguments(shape, tensors, mode=mode, **options)
+        caller.call(getattr(self.module, SYMBOL), *packed)
         return self.runtime.recording(buffers), {a.label: a.bytes for a in caller.allocations}
 
 
@@ -90,8 +96,9 @@ def check_loaded() -> None:
 
 
 def check_packed() -> None:
+    session = Session()
     with Buffers() as buffers:
-        recording, allocations = Session().call(QWEN3_30B, buffers)
+        recording, allocations = session.call(QWEN3_30B, buffers)
         launches = recording.launches
         assert [family(x) for x in launches] == ["routing", "gemm", "gemm", "finalize"], launches
         assert miswired(launches) == []
@@ -101,21 +108,22 @@ def check_packed() -> None:
         assert "swiGlu" in launches[1].kernel
         assert "sm100f" in launches[1].kernel
         assert len(recording.module_loads) == 2
-        assert allocations == workspace(QWEN3_30B)
+        assert allocations == session.workspace(QWEN3_30B)
         assert recording.refused == ()
         assert recording.unknown == ()
 
 
 def check_from_logits() -> None:
     session = Session()
-    for tokens, routers in ((4, 1), (64, 1), (1024, 3)):
+    many = 3 if session.manifest.flashinfer == "0.6.13" else 2
+    for tokens, routers in ((4, 1), (64, 1), (1024, many)):
         shape = Shape(tokens, top_k=8, experts=128, hidden=2048, intermediate=768)
         with Buffers() as buffers:
             recording, allocations = session.call(shape, buffers, FROM_LOGITS)
             steps = [family(x) for x in recording.launches]
             assert steps == ["routing"] * routers + ["gemm", "gemm", "finalize"], (tokens, steps)
             assert miswired(recording.launches, FROM_LOGITS) == []
-            assert allocations == workspace(shape)
+            assert allocations == session.workspace(shape)
             assert recording.refused == ()
         cooperative = [x.cooperative for x in recording.launches]
         assert any(cooperative) == (tokens == 1024), (tokens, cooperative)
@@ -137,12 +145,14 @@ def check_shapes() -> None:
                 shape = Shape(tokens, *model, local_experts=model[1] // share)
                 for activation, gated in ((SWIGLU, True), (GEGLU, True), (RELU2, False)):
                     shape = replace(shape, gated=gated)
+                    if not session.release.has_kernels(shape):
+                        continue
                     with Buffers() as buffers:
                         recording, sizes = session.call(shape, buffers, activation=activation)
                         said = (shape, activation)
                         assert miswired(recording.launches) == [], said
                         assert {x.status for x in recording.launches} == {0}, said
-                        assert sizes == workspace(shape), said
+                        assert sizes == session.workspace(shape), said
                         assert recording.refused == recording.unknown == (), said
 
 
@@ -167,23 +177,48 @@ def check_optional() -> None:
                 recording, sizes = session.call(shape, buffers, mode, optional=optional, **others)
                 said = (tokens, optional, mode, miswired(recording.launches, mode, optional))
                 assert miswired(recording.launches, mode, optional) == [], said
-                assert sizes == workspace(shape, "per_token_scales" in optional), said
+                assert sizes == session.workspace(shape, "per_token_scales" in optional), said
                 assert recording.refused == recording.unknown == (), said
                 # What the call did not have is missed, and what it had is surplus otherwise.
                 other = tuple({"gemm2_bias"} ^ set(optional))
                 assert miswired(recording.launches, mode, other) != [], said
 
 
-def check_pdl() -> None:
-    """`enable_pdl` governs the GEMMs alone."""
+def check_absent_tile() -> None:
+    """Of a tile that no kernel here has: what is allocated before the launcher looks for one."""
+    session, shape = Session(), replace(QWEN3_30B, tokens=4096)
+    assert session.release.default_tile(shape) == 192
     with Buffers() as buffers:
-        recording, _ = Session().call(QWEN3_30B, buffers, enable_pdl=False)
-        assert [x.pdl for x in recording.launches] == [True, False, False, True]
+        caller = session.caller(buffers)
+        try:
+            caller.call(
+                getattr(session.module, SYMBOL),
+                *session.arguments(shape, operands(shape, buffers)),
+            )
+        except CalleeError as error:
+            assert "mTileSize: 192" in str(error), error
+        else:
+            raise AssertionError("there is a kernel")
+        steps = {family(x) for x in session.runtime.recording(buffers).launches}
+        assert steps == {"routing"}, steps
+    wanted = list(session.workspace(shape).items())
+    wanted = wanted[: 1 + [name for name, _ in wanted].index("num_non_exiting_ctas")]
+    assert [(a.label, a.bytes) for a in caller.allocations] == wanted
+
+
+def check_pdl() -> None:
+    """`enable_pdl` governs the GEMMs alone; of 0.7.2, all."""
+    session = Session()
+    with Buffers() as buffers:
+        recording, _ = session.call(QWEN3_30B, buffers, enable_pdl=False)
+    others = session.manifest.flashinfer == "0.6.13"
+    assert [x.pdl for x in recording.launches] == [others, False, False, others]
 
 
 def check_workspace_limit() -> None:
     """The workspace is what the closed form says, not a byte less."""
-    session, total = Session(), sum(workspace(QWEN3_30B).values())
+    session = Session()
+    total = sum(session.workspace(QWEN3_30B).values())
     with Buffers() as buffers:
         recording, _ = session.call(QWEN3_30B, buffers, limit=total)
         assert len(recording.launches) == 4
@@ -215,7 +250,7 @@ def check_miswired() -> None:
             tensors[one], tensors[other] = tensors[other], tensors[one]
             caller = session.caller(buffers)
             session.runtime.clear()
-            packed = arguments(square, tensors, activation=RELU2)
+            packed = session.arguments(square, tensors, activation=RELU2)
             caller.call(getattr(session.module, SYMBOL), *packed)
             wrong = miswired(session.runtime.recording(buffers).launches)
             assert any(field in text for text in wrong), (one, other, wrong)
@@ -337,8 +372,9 @@ def check_threads() -> None:
             try:
                 with Buffers() as own:
                     caller = session.caller(own, stream)
+                    packed = session.arguments(QWEN3_30B, tensors)
                     for _ in range(calls):
-                        caller.call(getattr(session.module, SYMBOL), *arguments(QWEN3_30B, tensors))
+                        caller.call(getattr(session.module, SYMBOL), *packed)
             except BaseException as failure:
                 failures.append(failure)
 
@@ -362,26 +398,28 @@ def check_spy() -> None:
     """A call through the spy is seen whole, and wired as without it."""
     session, spy = Session(), Spy(read_manifest())
     function = getattr(spy.library, SYMBOL)
-    total = sum(workspace(QWEN3_30B).values())
+    sizes = session.workspace(QWEN3_30B)
+    total = sum(sizes.values())
     with Buffers() as buffers:
         tensors = operands(QWEN3_30B, buffers)
         spy.clear()
-        session.caller(buffers, device=3).call(function, *arguments(QWEN3_30B, tensors))
+        packed = session.arguments(QWEN3_30B, tensors)
+        session.caller(buffers, device=3).call(function, *packed)
         try:
             short = session.caller(buffers, limit=total - 1)
-            short.call(function, *arguments(QWEN3_30B, tensors))
+            short.call(function, *packed)
         except CalleeError as error:
             assert error.kind == "MemoryError", error
         else:
             raise AssertionError("a byte less was enough")
-        good, bad = spy.calls(ARGUMENTS, WORKSPACE)
+        good, bad = spy.calls(session.release.arguments, tuple(sizes))
     assert (good.function, good.status) == (SYMBOL, 0)
     assert (good.stream, good.device) == (STREAM, 3)
     assert {x.stream for x in good.launches} == {STREAM}
     assert miswired(good.launches) == []
-    assert {name: x.bytes for name, x in good.allocations.items()} == workspace(QWEN3_30B)
+    assert {name: x.bytes for name, x in good.allocations.items()} == sizes
     assert good.refused_allocation is None
-    assert good.operands.keys() | good.values.keys() == set(ARGUMENTS)
+    assert good.operands.keys() | good.values.keys() == set(session.release.arguments)
     for name, operand in good.operands.items():
         given = tensors[name]
         assert operand.caller_address == given.buffer.address, name
@@ -392,7 +430,7 @@ def check_spy() -> None:
     assert good.values["config_index"] == [-1, -1]
     assert good.values["gemm1_bias"] is None
     assert bad.status != 0
-    assert bad.refused_allocation.bytes == workspace(QWEN3_30B)["gemm2_output"]
+    assert bad.refused_allocation.bytes == sizes["gemm2_output"]
     assert "gemm" not in [family(x) for x in bad.launches]
 
 
@@ -401,11 +439,11 @@ def check_capture() -> None:
     session = Session()
     library, graph = session.runtime.library, ctypes.c_void_p()
 
-    def capture(mode: int) -> Recording:
+    def capture(mode: int, device: int = 0) -> Recording:
         assert library.cudaStreamBeginCapture(ctypes.c_void_p(STREAM), mode) == 0
         try:
             with Buffers() as buffers:
-                return session.call(QWEN3_30B, buffers)[0]
+                return session.call(QWEN3_30B, buffers, device=device)[0]
         finally:
             end = library.cudaStreamEndCapture
             assert end(ctypes.c_void_p(STREAM), ctypes.byref(graph)) == 0
@@ -423,7 +461,7 @@ def check_capture() -> None:
     # A device of its own has nothing loaded.
     library.cudaSetDevice(1)
     try:
-        capture(all_threads)
+        capture(all_threads, device=1)
     except CalleeError as error:
         print(error)
     with Buffers() as buffers:

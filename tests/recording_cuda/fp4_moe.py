@@ -1,11 +1,12 @@
-"""One call of FlashInfer 0.6.13's `trtllm_fp4_block_scale_moe` with labelled NVFP4 operands.
+"""One call of FlashInfer's `trtllm_fp4_block_scale_moe` with labelled NVFP4 operands.
 
 What it takes, what it allocates, in data/csrc/trtllm_fused_moe_kernel_launcher.cu of
-flashinfer-python 0.6.13: lines 2384-2398 and 1763-1934.
+flashinfer-python 0.6.13, lines 2384-2398 and 1763-1934, and of 0.7.2.post1, lines 6001-6018,
+1431-1474, 1589-1593 and 5192-5237. RELEASES has what differs.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
 from .buffers import Buffers
 from .launches import Launch
@@ -51,6 +52,19 @@ ARGUMENTS = (
     "config_index",
     "norm_topk_prob",
     "routing_replay_out",
+)
+
+ARGUMENTS_0_7_2 = (
+    *ARGUMENTS[:10],
+    "gemm1_lora_delta",
+    *ARGUMENTS[10:22],
+    "num_fused_shared_experts",
+    *ARGUMENTS[22:],
+    "da_routing_metadata",
+    "da_body_workspace",
+    "is_da_body_preparation",
+    "valid_hidden_size",
+    "valid_intermediate_size",
 )
 
 # Those of its tensors that a call may leave out, whatever its mode.
@@ -139,10 +153,12 @@ def arguments(
     enable_pdl: bool = True,
     local_expert_offset: int = 0,
     config: tuple[int, int] = (-1, -1),
+    version: str = "0.6.13",
     **others: object,
 ) -> list[object]:
-    """The 36 positional arguments; `others` are of ARGUMENTS."""
-    values: dict[str, object] = dict(tensors)
+    """The positional arguments, in a version's order; `others` are of its own."""
+    release = RELEASES[version]
+    values: dict[str, object] = tensors | release.plain
     values |= {
         "routing_input_mode": mode,
         "routing_logits": tensors["routing_logits"] if mode == FROM_LOGITS else None,
@@ -159,7 +175,7 @@ def arguments(
         "norm_topk_prob": True,
         **others,
     }
-    return [values.get(name) for name in ARGUMENTS]
+    return [values.get(name) for name in release.arguments]
 
 
 def default_tile(shape: Shape) -> int:
@@ -167,6 +183,17 @@ def default_tile(shape: Shape) -> int:
     mean = -(-shape.tokens * shape.top_k // shape.here)
     power = 1 << (max(mean, 1) - 1).bit_length()
     return max(8, min(max(power, 8), 256) // 2)
+
+
+def default_tile_0_7_2(shape: Shape) -> int:
+    """The same of 0.7.2.post1: lines 1050-1125 and 4971-4992.
+
+    The largest below the first that is no smaller than an expert's share of the tokens.
+    """
+    tiles = (8, 16, 32, 64, 128, 192, 256)
+    share = shape.tokens * shape.top_k / shape.here
+    smaller = [tile for tile in tiles[:-1] if tile < share]
+    return smaller[-1] if smaller else tiles[0]
 
 
 # What the buffers that a call allocates are called, in order; and with per_token_scales.
@@ -190,7 +217,21 @@ PER_TOKEN_WORKSPACE = (*WORKSPACE[:12], "gemm2_input", "gemm2_input_token_scale"
 
 def workspace(shape: Shape, per_token: bool = False) -> dict[str, int]:
     """The bytes of each buffer that a call allocates, in order."""
-    tile = default_tile(shape)
+    return _workspace(shape, default_tile(shape), per_token)
+
+
+def workspace_0_7_2(shape: Shape, per_token: bool = False) -> dict[str, int]:
+    """The same of 0.7.2.post1: other tiles, one row number and one buffer more."""
+    sizes = _workspace(shape, default_tile_0_7_2(shape), per_token)
+    sizes["permuted_idx_to_token_idx"] += 4
+    at = list(sizes).index("expert_count_histogram")
+    items = list(sizes.items())
+    # Allocated, and of no use: this function's callers bring ids.
+    items.insert(at, ("expert_indexes", 4 * shape.tokens * shape.top_k))
+    return dict(items)
+
+
+def _workspace(shape: Shape, tile: int, per_token: bool) -> dict[str, int]:
     expanded = shape.tokens * shape.top_k
     first = min(shape.experts, expanded)
     ctas = first + (expanded - first) // tile
@@ -226,13 +267,50 @@ def _divided(value: int, by: int) -> int:
     return -(-value // by)
 
 
+@dataclass(frozen=True)
+class Release:
+    """What differs between versions of the function.
+
+    Attributes:
+        arguments: what they are called, in order.
+        workspace: the bytes of each buffer that a call allocates, in order.
+        default_tile: the tile of tokens that config (-1, -1) chooses.
+        tiles: those that the prebuilt kernels here have.
+        plain: what arguments that not all versions have get in a plain call.
+    """
+
+    arguments: tuple[str, ...]
+    workspace: Callable[[Shape, bool], dict[str, int]]
+    default_tile: Callable[[Shape], int]
+    tiles: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
+    plain: dict[str, object] = field(default_factory=dict)
+
+    def has_kernels(self, shape: Shape) -> bool:
+        """Whether there are prebuilt kernels here for what a call chooses by itself.
+
+        0.7.2 has its own, which are on no package index; it is built with 0.6.13's (build.py).
+        """
+        return self.default_tile(shape) in self.tiles
+
+
+RELEASES = {
+    "0.6.13": Release(ARGUMENTS, workspace, default_tile),
+    "0.7.2.post1": Release(
+        ARGUMENTS_0_7_2,
+        workspace_0_7_2,
+        default_tile_0_7_2,
+        plain={"da_routing_metadata": [], "da_body_workspace": [], "is_da_body_preparation": False},
+    ),
+}
+
+
 def family(launch: Launch) -> str:
     """Which of a call's steps a launch is: "routing", "gemm", "quantize" or "finalize"."""
     if launch.kernel.startswith("routing"):
         return "routing"
     if launch.kernel.startswith("bmm_"):
         return "gemm"
-    if launch.kernel in ("finalizeKernel", "finalizeKernelVecLoad"):
+    if launch.kernel.startswith("finalizeKernel"):
         return "finalize"
     if "Quant" in launch.kernel:
         return "quantize"

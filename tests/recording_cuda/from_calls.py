@@ -94,7 +94,7 @@ def check_routers() -> None:
 
 
 def check_a_router_that_is_not_there() -> None:
-    """The control: without our refusal no router is launched, and the GEMMs are."""
+    """The control: without our refusal 0.6.13 launches no router, and then the GEMMs."""
     one = Routed(nvm.Routing("topk", 8), 16, 260)
     x, _, _, experts = one.case.arguments()
     logits = jnp.zeros((one.tokens, one.experts))
@@ -114,7 +114,12 @@ def check_a_router_that_is_not_there() -> None:
         assert runtime.recording(buffers).launches == ()
         for module in (trtllm, _trtllm_routing):
             module.no_router = lambda routing, num_experts: None
-        jax.block_until_ready(jax.jit(run)(x, logits, experts))
+        try:
+            jax.block_until_ready(jax.jit(run)(x, logits, experts))
+        except jax.errors.JaxRuntimeError as error:
+            assert manifest.flashinfer != "0.6.13"
+            assert "no compiled tier covers" in str(error)
+            return
         launches = [x for x in runtime.recording(buffers).launches if not x.captured]
         scoring = [x for x in launches if "routing_logits" in x.labels]
         assert scoring == [], [x.kernel for x in scoring]

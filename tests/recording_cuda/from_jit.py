@@ -6,7 +6,7 @@ process of its own, and the stand-in runtime is loaded before JAX, which may loa
 
 import ctypes
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from .buffers import Buffers
@@ -22,7 +22,6 @@ import numpy as np  # noqa: E402
 from jax_nvfp4_moe.bridge import library  # noqa: E402
 from jax_nvfp4_moe.implementations import _trtllm_call  # noqa: E402
 from jax_nvfp4_moe.implementations._trtllm_call import Callee, run_on  # noqa: E402
-from jax_nvfp4_moe.implementations._trtllm_sizes import Sizes  # noqa: E402
 from tests.bridge.host import CUDA, present_host_as  # noqa: E402
 
 from .cases import (  # noqa: E402
@@ -51,6 +50,7 @@ class Host:
     def __init__(self, buffers: Buffers) -> None:
         self.sizes: dict[str, int] = {}
         self.copies: dict[str, np.ndarray] | None = None  # of what they contain, if wanted
+        self.device: Callable[[], int] | None = None  # whose number labels are to have, "output@3"
         self._buffers = buffers
         present_host_as(CUDA, STREAM, self._present)
 
@@ -59,18 +59,20 @@ class Host:
         self.sizes[label] = size
         if self.copies is not None:
             self.copies[label] = np.frombuffer(ctypes.string_at(data, size), np.uint8)
+        if self.device is not None:
+            label = f"{label}@{self.device()}"
         return self._buffers.reserve(label, size).address
 
-    def label_workspace(self, case: Case) -> None:
+    def label_workspace(self, case: Case, shape: Shape | None = None) -> None:
         """Labels what the closed form says is allocated in every workspace."""
         per_token = case.scheme == "per_token"
-        for arena in [b for b in self._buffers if b.label == "workspace"]:
-            used = 0
-            for label, size in RELEASE.workspace(case.shape, per_token).items():
+        for arena in [b for b in self._buffers if b.label.startswith("workspace")]:
+            used, end = 0, arena.label.removeprefix("workspace")
+            for label, size in RELEASE.workspace(shape or case.shape, per_token).items():
                 start = -(-used // 256) * 256
                 used = start + size
                 if size:
-                    self._buffers.add(label, arena.address + start, size)
+                    self._buffers.add(label + end, arena.address + start, size)
             assert used == arena.size, (case, used, arena.size)
 
 
@@ -191,26 +193,7 @@ def check_contents() -> None:
     print("largest error", max(worst.values()))
 
 
-def workspace_of_0_7_2(*args: Sizes | str) -> int:
-    """What `workspace_bytes` gives, for which it knows 0.6.13 alone."""
-    sizes = next(each for each in args if isinstance(each, Sizes))
-    shape = Shape(
-        sizes.tokens,
-        sizes.top_k,
-        sizes.num_experts,
-        sizes.hidden_size,
-        sizes.intermediate_size,
-        sizes.local_experts,
-    )
-    used = 0
-    for size in RELEASE.workspace(shape, sizes.per_token).values():
-        used = -(-used // 256) * 256 + size
-    return used
-
-
 def main() -> None:
-    if manifest.flashinfer == "0.7.2.post1":
-        _trtllm_call.workspace_bytes = workspace_of_0_7_2
     library.register_module(
         MODULE, manifest.module, tvm_ffi=manifest.tvm_ffi, cubins=manifest.cubin_directory
     )

@@ -9,13 +9,18 @@ from pathlib import Path
 MANIFEST = "manifest.json"
 CACHE_VARIABLE = "JAX_NVFP4_MOE_RECORDING_CUDA"
 BUILD = "python -m tests.recording_cuda.build"
+FLASHINFER = "0.6.13"
 
 
-def default_cache() -> Path:
-    """Where builds are kept: $JAX_NVFP4_MOE_RECORDING_CUDA, or below the home directory."""
-    if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given)
-    return Path.home() / ".cache" / "jax_nvfp4_moe" / "recording_cuda"
+def default_cache(version: str = FLASHINFER) -> Path:
+    """Where the build of a FlashInfer is kept.
+
+    $JAX_NVFP4_MOE_RECORDING_CUDA, or below the home directory; of other versions than FLASHINFER in
+    a directory of its own there.
+    """
+    given = os.environ.get(CACHE_VARIABLE)
+    cache = Path(given) if given else Path.home() / ".cache" / "jax_nvfp4_moe" / "recording_cuda"
+    return cache if version == FLASHINFER else cache / version
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,11 @@ class Manifest:
     cubin_directory: Path
     arch: str
     versions: dict[str, str]
+
+    @property
+    def flashinfer(self) -> str:
+        """The version of flashinfer-python."""
+        return self.versions["flashinfer-python"]
 
 
 def read_manifest(cache: Path | None = None) -> Manifest:

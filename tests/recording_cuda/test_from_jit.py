@@ -14,25 +14,46 @@ from . import manifest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def ready():
+@pytest.fixture(scope="module", params=["0.6.13", "0.7.2.post1"])
+def cache(request):
+    """Where FlashInfer's build is kept."""
     if (reason := library.unavailable()) is not None:
         pytest.skip(f"needs the shared library: {reason}")
+    cache = manifest.default_cache(request.param)
     try:
-        manifest.read_manifest()
+        manifest.read_manifest(cache)
     except FileNotFoundError as absent:
         pytest.skip(str(absent))
+    return cache
 
 
-@pytest.mark.parametrize("check", ["models", "sizes", "forms", "contents", "a_byte_less"])
-def test_check(ready, check):
+CHECKS = [
+    *(f"from_jit {name}" for name in ("models", "sizes", "forms", "contents", "a_byte_less")),
+    *(
+        f"from_calls {name}"
+        for name in (
+            "routers",
+            "a_router_that_is_not_there",
+            "shares",
+            "parts",
+            "no_tokens",
+            "missing_images",
+            "other_images",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_check(cache, check):
+    module, name = check.split()
     done = subprocess.run(
-        [sys.executable, "-m", "tests.recording_cuda.from_jit", check],
+        [sys.executable, "-m", f"tests.recording_cuda.{module}", name],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", manifest.CACHE_VARIABLE: str(cache)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

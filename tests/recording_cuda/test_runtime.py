@@ -17,19 +17,27 @@ from .launches import own_name
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def built():
+@pytest.fixture(scope="module", params=["0.6.13", "0.7.2.post1"])
+def cache(request):
+    """Where FlashInfer's build is kept."""
+    cache = manifest.default_cache(request.param)
     try:
-        return manifest.read_manifest()
+        manifest.read_manifest(cache)
     except FileNotFoundError as absent:
         pytest.skip(str(absent))
+    return cache
 
 
-def run(check, **environment):
+@pytest.fixture(scope="module")
+def built(cache):
+    return manifest.read_manifest(cache)
+
+
+def run(cache, check, **environment):
     return subprocess.run(
         [sys.executable, "-m", "tests.recording_cuda.checks", check],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=os.environ | {manifest.CACHE_VARIABLE: str(cache)} | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -58,20 +66,26 @@ def run(check, **environment):
         "capture",
     ],
 )
-def test_check(built, check):
-    done = run(check)
+def test_check(cache, check):
+    done = run(cache, check)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("done\n")
 
 
-def test_operands_cannot_be_touched(built):
-    assert run("untouchable").returncode == -signal.SIGSEGV
-
-
-def test_capability_is_what_the_environment_says(built):
-    done = run("capability", RECORDING_CUDA_CAPABILITY="10.3")
+@pytest.mark.parametrize("cache", ["0.7.2.post1"], indirect=True)
+def test_a_tile_without_kernels_here(cache):
+    done = run(cache, "absent_tile")
     assert done.returncode == 0, done.stderr
-    done = run("old_capability", RECORDING_CUDA_CAPABILITY="9.0")
+
+
+def test_operands_cannot_be_touched(cache):
+    assert run(cache, "untouchable").returncode == -signal.SIGSEGV
+
+
+def test_capability_is_what_the_environment_says(cache):
+    done = run(cache, "capability", RECORDING_CUDA_CAPABILITY="10.3")
+    assert done.returncode == 0, done.stderr
+    done = run(cache, "old_capability", RECORDING_CUDA_CAPABILITY="9.0")
     assert done.returncode == 0, done.stderr
     assert "Current device has SM 90" in done.stdout
 
@@ -150,8 +164,8 @@ def test_an_absent_build_names_the_command(tmp_path):
         manifest.read_manifest(tmp_path)
 
 
-def test_a_changed_file_is_refused(built, tmp_path):
-    text = (manifest.default_cache() / manifest.MANIFEST).read_text()
+def test_a_changed_file_is_refused(cache, built, tmp_path):
+    text = (cache / manifest.MANIFEST).read_text()
     other = tmp_path / "libtvm_ffi.so"
     other.write_bytes(b"another")
     text = text.replace(str(built.tvm_ffi), str(other))
