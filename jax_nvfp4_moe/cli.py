@@ -1,7 +1,7 @@
-"""The command line: look at a checkpoint, check it, convert it, make one.
+"""The command line: look at a checkpoint, check it, convert it, make one; build kernels' modules.
 
-Exit codes: 0 all is well; 1 something is wrong with the checkpoint; 2 the command was not
-understood; 3 a file is missing, in the way, or cannot be read or written.
+Exit codes: 0 all is well; 1 something is wrong with the checkpoint, or the build failed; 2 the
+command was not understood; 3 a file is missing, in the way, or cannot be read or written.
 """
 
 import json
@@ -22,7 +22,7 @@ from jax_nvfp4_moe.checkpoint import CheckpointError
 from jax_nvfp4_moe.checkpoint.files import TensorFiles
 from jax_nvfp4_moe.checkpoint.inspection import LayerReport, Report, inspect_checkpoint
 
-_UNSOUND, _FILES = 1, 3
+_FAILED, _FILES = 1, 3
 
 _directory = click.argument("path", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -39,10 +39,10 @@ _format = click.option(
 )
 
 
-@click.group(epilog="Exit codes: 0 well, 1 a bad checkpoint, 2 usage, 3 files.")
+@click.group(epilog="Exit codes: 0 well, 1 a bad checkpoint or build, 2 usage, 3 files.")
 @click.version_option(jax_nvfp4_moe.__version__, package_name="jax_nvfp4_moe")
 def main() -> None:
-    """NVFP4 mixture-of-experts checkpoints."""
+    """NVFP4 mixture-of-experts: checkpoints, and the modules of Blackwell's kernels."""
 
 
 @main.command()
@@ -94,7 +94,7 @@ def validate(path: Path, as_json: bool, progress: bool | None) -> None:
         for problem in _problems(report):
             click.echo(problem)
         click.echo(f"{path}: {'sound' if report.sound else 'not sound'}")
-    sys.exit(0 if report.sound else _UNSOUND)
+    sys.exit(0 if report.sound else _FAILED)
 
 
 @main.command()
@@ -145,6 +145,58 @@ def quantize(
     _print_written(output, format_, as_json)
 
 
+@main.group()
+def build() -> None:
+    """Build what other packages' kernels are called through."""
+
+
+@build.command()
+@click.option(
+    "--arch",
+    default="10.0a,10.3a",
+    show_default=True,
+    help="What to compile for. On two cores each takes some 20 minutes.",
+)
+@click.option(
+    "--python",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The interpreter of an environment that has FlashInfer; by default this one.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Compilers at a time; by default one for each processor.",
+)
+@_progress
+@_json
+def trtllm(
+    arch: str, python: Path | None, jobs: int | None, progress: bool | None, as_json: bool
+) -> None:
+    """Build FlashInfer's TRTLLM-Gen MoE, or copy a compiled one that FlashInfer has already.
+
+    It is kept in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe.
+    """
+    # Imported here: it is for Linux alone.
+    from jax_nvfp4_moe.bridge.build import BuildError, build_trtllm, parse_archs  # noqa: PLC0415
+
+    try:
+        archs = parse_archs(arch)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--arch") from None
+    with _plain_errors(BuildError):
+        built = build_trtllm(archs, python=python, jobs=jobs, progress=progress)
+    if as_json:
+        click.echo(json.dumps(built.json(), indent=2))
+        return
+    module = built.module
+    how = "compiled" if built.found is None else f"found as {built.found}"
+    click.echo(f"{module.name} for {', '.join(module.archs)}: {how}, {built.seconds:.0f} s")
+    click.echo(module.path)
+    click.echo(f"calls {module.tvm_ffi}")
+    click.echo(f"reads images from {module.cubins}")
+    click.echo(", ".join(f"{name} {version}" for name, version in module.versions.items()))
+
+
 def _samples(file: Path) -> dict[int, Any]:
     """Sample activations from a safetensors file."""
     tensors = TensorFiles(file)
@@ -165,16 +217,16 @@ def _samples(file: Path) -> dict[int, Any]:
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Turns errors of checkpoints and files into one line and an exit code."""
+def _plain_errors(*more: type[Exception]) -> Iterator[None]:
+    """Turns errors of checkpoints, builds and files into plain text and an exit code."""
     try:
         yield
     except OSError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(_FILES)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, *more) as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(_UNSOUND)
+        sys.exit(_FAILED)
 
 
 def _problems(report: Report) -> list[str]:

@@ -203,8 +203,8 @@ def test_usage():
     assert run("convert", "a", "b", "--format", "gguf")[0] == 2
     code, out, _ = run("--help")
     assert code == 0
-    assert "Exit codes: 0 well, 1 a bad checkpoint, 2 usage, 3 files." in out
-    for command in ("inspect", "validate", "convert", "quantize"):
+    assert "Exit codes: 0 well, 1 a bad checkpoint or build, 2 usage, 3 files." in out
+    for command in ("inspect", "validate", "convert", "quantize", "build"):
         assert command in out
 
 

@@ -39,8 +39,8 @@ name = "trtllm"
 _PER_TOKEN = ("silu", "swiglu_oai")
 
 _BUILD = "run `python -m jax_nvfp4_moe build trtllm`"
-# The rung of the evidence: weights, arguments and launches are checked, without a GPU.
-_EVIDENCE = "its launches were recorded, but it has never run on a GPU"
+# How far it is believed: docs/bridge.md has the five steps.
+_EVIDENCE = "evidence 3 of 5: its launches were recorded, it has never run on a GPU"
 
 
 # ----------------------------------------------------------------------------------- what it serves

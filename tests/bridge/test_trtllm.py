@@ -30,6 +30,11 @@ from tests.recording_cuda.cases import (
 FAKE = Callee("fake", "0.6.13")
 
 
+def called(fake):
+    """The functions that were called; other lines are about devices, which other tests change."""
+    return [line for line in fake.journal() if not line.startswith("cuda")]
+
+
 @pytest.fixture
 def given(fake):
     """A function from a case and its arguments to what the function would be given."""
@@ -116,7 +121,7 @@ def test_no_tokens(given, fake):
     run = partial(run_on, FAKE, case.call())
     y = jax.jit(run)(x[:0], ids[:0], weights[:0], experts)
     assert y.shape == (0, 272)
-    assert fake.journal() == []
+    assert called(fake) == []
 
 
 def test_one_limit_for_two_units(given):
@@ -137,7 +142,7 @@ def test_the_version_decides(fake):
     for version, count in (("0.6.13", 36), ("0.7.2.post1", 43)):
         run = jax.jit(partial(run_on, Callee("fake", version), case.call()))
         jax.block_until_ready(run(*case.arguments()))
-        assert fake.journal() == [f"trtllm_fp4_block_scale_moe of {count}"]
+        assert called(fake) == [f"trtllm_fp4_block_scale_moe of {count}"]
 
 
 # ---------------------------------------------------------------------------- routed by the kernel
@@ -277,7 +282,7 @@ def test_more_tokens_than_a_call_takes(fake, monkeypatch):
     present_host_as(CPU, 0, copy)
     y = jax.jit(partial(run_on, FAKE, case.call()))(x, ids, weights, experts)
     assert jax.block_until_ready(y).shape == (9, 272)
-    assert len(fake.journal()) == 3
+    assert called(fake) == ["trtllm_fp4_block_scale_moe of 36"] * 3
     # Independent of each other, in any order.
     expected = np.asarray(packed_ids(ids, weights, 5))
     assert sorted(len(words) for words in seen) == [3, 12, 12]
@@ -316,4 +321,4 @@ def test_what_does_not_fit_is_refused(name, fake, monkeypatch):
     monkeypatch.setattr(_trtllm_call, "check_arguments", spoil)
     with pytest.raises(ValueError, match=rf"^{name} (is|has) .*expected"):
         jax.block_until_ready(jax.jit(partial(run_on, FAKE, case.call()))(*case.arguments()))
-    assert fake.journal() == []
+    assert called(fake) == []

@@ -1,0 +1,253 @@
+"""Builds other packages' modules, so that calls find them: `python -m jax_nvfp4_moe build`."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jax_nvfp4_moe.bridge import flashinfer, manifest
+
+ARCHS = ("10.0a", "10.0f", "10.3a")
+# torch first, and its CPU build: flashinfer-python requires torch, and plain torch brings gigabytes
+# of CUDA. Of nvrtc, cublas and curand only the headers are used.
+INSTALL = (
+    "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu, then "
+    "pip install flashinfer-python==0.6.13 flashinfer-cubin==0.6.13 and, where there is no CUDA "
+    "toolkit, nvidia-cuda-nvcc==13.4.92 nvidia-nvvm==13.4.92 nvidia-cuda-crt==13.4.92 "
+    "nvidia-cuda-runtime==13.4.92 nvidia-cuda-nvrtc==13.5.37 nvidia-cublas==13.10.0.20 "
+    "nvidia-curand==10.4.5.25"
+)
+
+_WORKER = Path(__file__).with_name("_flashinfer_build.py")
+_LOG_LINES, _LOG_WIDTH = 30, 200
+_SECONDS_TO_END = 10
+
+_Event = dict[str, Any]
+
+
+class BuildError(RuntimeError):
+    """A module could not be built."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """What a build made.
+
+    Attributes:
+        module: as it is in the manifest.
+        found: the library that was there already and was copied, or None if it was compiled now.
+        seconds: how long it took.
+    """
+
+    module: manifest.Module
+    found: Path | None
+    seconds: float
+
+    def json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        entry = {"name": self.module.name, **dataclasses.asdict(self.module)}
+        built = {"built": self.found is None, "found": self.found, "seconds": self.seconds}
+        return json.loads(json.dumps({**entry, **built}, default=str))
+
+
+def parse_archs(text: str) -> tuple[str, ...]:
+    """What to compile for, from a list like "10.0a,10.3a".
+
+    Raises:
+        ValueError: it is no such list, or has what FlashInfer's TRTLLM-Gen kernels are not for.
+    """
+    archs = tuple(sorted({each.strip() for each in text.split(",")}))
+    if not set(archs) <= set(ARCHS):
+        raise ValueError(
+            f"{text!r} is no comma-separated list of {', '.join(ARCHS)}, as in 10.0a,10.3a: the "
+            "kernels are for SM100 and SM103"
+        )
+    return archs
+
+
+def build_trtllm(
+    archs: tuple[str, ...],
+    *,
+    python: Path | None = None,
+    jobs: int | None = None,
+    cache: Path | None = None,
+    progress: bool | None = None,
+) -> Build:
+    """Finds or compiles FlashInfer's TRTLLM-Gen MoE module, and writes it into the manifest.
+
+    What was compiled when it was interrupted is not compiled again the next time.
+
+    Args:
+        archs: what to compile for, of `ARCHS`.
+        python: the interpreter of an environment that has FlashInfer, by default this one.
+        jobs: how many compilers may run at a time, by default as many as there are processors.
+        cache: where everything goes, `manifest.default_cache()` if not given.
+        progress: show it on stderr; None means where that is a terminal.
+
+    Raises:
+        BuildError: FlashInfer or a compiler is not there, not the expected one, or fails.
+        OSError: a file cannot be read or written, or the interpreter cannot be run.
+        ValueError: the manifest is malformed.
+    """
+    cache = (cache or manifest.default_cache()).absolute()
+    cache.mkdir(parents=True, exist_ok=True)
+    manifest.read(cache)  # Malformed is better known now than after half an hour.
+    python = (python or Path(sys.executable)).absolute()
+    command = [
+        *(str(python), str(_WORKER)),
+        *("--known", ",".join(flashinfer.PARAMETERS["trtllm_fp4_block_scale_moe"])),
+        *("--archs", ",".join(archs)),
+        *("--workspace", str(cache / "flashinfer")),
+        *("--jobs", str(jobs or os.cpu_count() or 1)),
+    ]
+    with _locked(cache), _shown(progress) as show:
+        result = _run(command, cache / "build-trtllm.log", show)
+        library = Path(result["library"])
+        version = result["versions"]["flashinfer-python"]
+        path, sha256 = _keep(library, cache, f"trtllm-{version}")
+        module = manifest.Module(
+            kind="trtllm",
+            version=version,
+            archs=tuple(result["archs"]),
+            path=path,
+            sha256=sha256,
+            tvm_ffi=_tvm_ffi() or Path(result["tvm_ffi"]),
+            cubins=Path(result["cubins"]),
+            versions=result["versions"],
+        )
+        manifest.add(module, cache)
+    return Build(module, None if result["built"] else library, round(result["seconds"], 1))
+
+
+def _run(command: list[str], log: Path, show: Callable[[_Event], None]) -> _Event:
+    """Runs the worker; returns its result."""
+    with log.open("wb") as stderr:
+        # In a group of its own, which ends, ninja and all, when its stdin is closed: also if this
+        # process is killed.
+        worker = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    last: _Event = {}
+    try:
+        for line in worker.stdout:
+            last = json.loads(line)
+            show(last)
+    finally:
+        worker.stdin.close()
+        try:
+            worker.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+        worker.stdout.close()
+    if "result" in last:
+        return last["result"]
+    if "error" not in last:
+        last = {"error": f"{command[0]} ended with {worker.returncode}", "hint": "log"}
+    text = last["error"]
+    if last["hint"] == "install":
+        text += f". Install: {INSTALL}"
+    elif last["hint"] == "log":
+        text += f"\n{_extract(log)}\nThe whole output is in {log}"
+    raise BuildError(text)
+
+
+def _extract(log: Path) -> str:
+    """What of a log says why the build failed: from the first failure on, or else its end."""
+    lines = [line[:_LOG_WIDTH] for line in log.read_text(errors="replace").splitlines()]
+    failed = [number for number, line in enumerate(lines) if line.startswith("FAILED: ")]
+    start = failed[0] if failed else max(0, len(lines) - _LOG_LINES)
+    return "\n".join(lines[start : start + _LOG_LINES])
+
+
+def _keep(library: Path, cache: Path, name: str) -> tuple[Path, str]:
+    """Copies a library into the cache; returns where it is there, and its SHA-256."""
+    image = library.read_bytes()
+    sha256 = hashlib.sha256(image).hexdigest()
+    # By its contents, so that no other build replaces what a process has open.
+    path = cache / f"{name}-{sha256[:16]}" / library.name
+    path.parent.mkdir(exist_ok=True)
+    new = path.with_suffix(".new")
+    try:
+        new.write_bytes(image)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+    return path, sha256
+
+
+def _tvm_ffi() -> Path | None:
+    """This environment's libtvm_ffi, if FlashInfer can call it, so that a process needs one only.
+
+    FlashInfer requires 0.1.6 or later and less than 0.2 (flashinfer-python@0.6.13:METADATA).
+    """
+    spec = importlib.util.find_spec("tvm_ffi")  # Does not import it.
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    try:
+        version = importlib.metadata.version("apache-tvm-ffi")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if numbers is None or not (0, 1, 6) <= tuple(map(int, numbers.groups())) < (0, 2):
+        return None
+    path = Path(next(iter(spec.submodule_search_locations))) / "lib" / "libtvm_ffi.so"
+    return path if path.is_file() else None
+
+
+@contextlib.contextmanager
+def _locked(cache: Path) -> Iterator[None]:
+    """Holds the cache for this process; another build waits, and then finds what this one made."""
+    with (cache / "build.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Waiting for another build in {cache}", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _shown(progress: bool | None) -> Iterator[Callable[[_Event], None]]:
+    """A bar on stderr that is told of the worker's events; lines where stderr is no terminal."""
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    show = console.is_terminal if progress is None else progress
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not (show and console.is_terminal)
+    ) as bars:
+        bar = bars.add_task("starting", total=None)
+
+        def tell(event: _Event) -> None:
+            if "stage" in event:
+                text = event["stage"]
+                bars.update(bar, description=text, completed=0, total=None)
+            elif "done" in event:
+                bars.update(bar, completed=event["done"], total=event["of"])
+                text = f"[{event['done']}/{event['of']}] after {bars.tasks[0].elapsed or 0:.0f} s"
+            else:
+                return
+            if show and not console.is_terminal:
+                console.print(text)
+
+        yield tell
