@@ -22,16 +22,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jax_nvfp4_moe.bridge import flashinfer, manifest
 
 ARCHS = ("10.0a", "10.0f", "10.3a")
-# torch first, and its CPU build: flashinfer-python requires torch, and plain torch brings gigabytes
-# of CUDA. Of nvrtc, cublas and curand only the headers are used.
-INSTALL = (
-    "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu, then "
-    "pip install flashinfer-python==0.6.13 flashinfer-cubin==0.6.13 and, where there is no CUDA "
-    "toolkit, nvidia-cuda-nvcc==13.4.92 nvidia-nvvm==13.4.92 nvidia-cuda-crt==13.4.92 "
-    "nvidia-cuda-runtime==13.4.92 nvidia-cuda-nvrtc==13.5.37 nvidia-cublas==13.10.0.20 "
-    "nvidia-curand==10.4.5.25"
-)
-
 _WORKER = Path(__file__).with_name("_flashinfer_build.py")
 _LOG_LINES, _LOG_WIDTH = 30, 200
 _SECONDS_TO_END = 10
@@ -166,10 +156,21 @@ def _run(command: list[str], log: Path, show: Callable[[_Event], None]) -> _Even
         last = {"error": f"{command[0]} ended with {worker.returncode}", "hint": "log"}
     text = last["error"]
     if last["hint"] == "install":
-        text += f". Install: {INSTALL}"
+        text += f". Install: {_what_to_install()}"
     elif last["hint"] == "log":
         text += f"\n{_extract(log)}\nThe whole output is in {log}"
     raise BuildError(text)
+
+
+def _what_to_install() -> str:
+    """The commands: torch first, as flashinfer-python requires it, and plain torch is CUDA's."""
+    extra = re.compile(r"""extra\s*==\s*["']flashinfer["']""")
+    required = importlib.metadata.requires("jax_nvfp4_moe") or []
+    needed = [each.partition(";")[0].strip() for each in required if extra.search(each)]
+    return (
+        "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu, then "
+        f"pip install {' '.join(needed)}"
+    )
 
 
 def _extract(log: Path) -> str:

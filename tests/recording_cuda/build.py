@@ -37,13 +37,7 @@ from .manifest import MANIFEST, default_cache
 
 # torch first, and its CPU build (where pip's index has others too: with the option --index-url
 # https://download.pytorch.org/whl/cpu). Of nvrtc, cublas and curand only the headers are needed.
-INSTALL = (
-    "pip install torch==2.13.0 && "
-    "pip install flashinfer-python==0.6.13 flashinfer-cubin==0.6.13 "
-    "nvidia-cuda-nvcc==13.4.92 nvidia-nvvm==13.4.92 nvidia-cuda-crt==13.4.92 "
-    "nvidia-cuda-runtime==13.4.92 nvidia-cuda-nvrtc==13.5.37 "
-    "nvidia-cublas==13.10.0.20 nvidia-curand==10.4.5.25"
-)
+INSTALL = "pip install torch==2.13.0 && pip install '.[flashinfer]'"
 
 MODULE = "fused_moe_trtllm_sm100"
 DISTRIBUTIONS = (
