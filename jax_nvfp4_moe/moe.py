@@ -135,7 +135,8 @@ def nvfp4_moe_routed(
 
     Args:
         x: tokens [T, H]: bfloat16, float16 or float32. T may be 0.
-        topk_ids: each token's experts [T, K], integers. Ids outside 0..E-1 contribute nothing.
+        topk_ids: each token's experts [T, K], integers, all different ("trtllm" loses one of two
+            slots that name the same). Ids outside 0..E-1 contribute nothing.
         topk_weights: their weights [T, K]; bfloat16, float16 or float32, float32 inside.
         experts: the layer's experts, in any layout.
         activation: "silu", "gelu", "gelu_tanh" or "swiglu_oai" for gated experts, "relu2" for

@@ -452,8 +452,11 @@ def test_an_interrupted_build(fake, monkeypatch, end):
     monkeypatch.setenv("FAKE", "hang")
     folder = fake.cache / f"flashinfer/.cache/flashinfer/1/100a/cached_ops/{NAME}"
     arguments = ["build", "trtllm", "--python", str(fake.python), "--arch", "10.0a"]
+    # Python heeds Ctrl-C unless it was ignored before, as it is for what a shell runs behind a "&".
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = f"{heed}; from jax_nvfp4_moe.cli import main; main({arguments})"
     process = subprocess.Popen(
-        [sys.executable, "-m", "jax_nvfp4_moe", *arguments],
+        [sys.executable, "-c", command],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -464,7 +467,11 @@ def test_an_interrupted_build(fake, monkeypatch, end):
         assert all(map(alive, pids))
         assert (folder / f"{NAME}.so").read_bytes() == b"half"
         process.send_signal(end)
-        _, err = process.communicate(timeout=30)
+        try:
+            _, err = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     if end == signal.SIGINT:
         assert process.returncode == 1
         assert b"Abort" in err
