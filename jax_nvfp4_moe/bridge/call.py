@@ -25,7 +25,18 @@ class Output:
     dtype: Any
 
 
-Argument = Array | Output | None | bool | int | float | tuple[int, ...]
+@dataclasses.dataclass(frozen=True)
+class InOut:
+    """A tensor that the function reads and writes.
+
+    Attributes:
+        array: what is in it before. XLA copies it first, unless nobody needs it afterwards.
+    """
+
+    array: Array
+
+
+Argument = Array | Output | InOut | None | bool | int | float | tuple[int, ...]
 
 
 def call(
@@ -37,18 +48,19 @@ def call(
         module: the name under which `library.register_module` knows the module there.
         function: the name that the module exports it by.
         arguments: by the function's parameters' names, in their order. An array is passed as a
-            tensor that the function reads; an `Output` as one that it writes.
+            tensor that the function reads; an `Output` as one that it writes, an `InOut` as both.
         workspace: bytes for the tensors that the function allocates, each aligned to 256. Too few
             are an error of the call, with both numbers.
 
     Returns:
-        The outputs, in their order among the arguments.
+        The outputs, those of `InOut`s among them, in their order among the arguments.
 
     Raises:
         TypeError, ValueError: as `program.encode`.
     """
     operands: list[Array] = []
     outputs: list[Output] = []
+    aliases: dict[int, int] = {}
     values: dict[str, Any] = {}
     for name, value in arguments.items():
         if isinstance(value, jax.Array):
@@ -57,12 +69,18 @@ def call(
         elif isinstance(value, Output):
             values[name] = Result(len(outputs))
             outputs.append(value)
+        elif isinstance(value, InOut):
+            # The operand is the result's own memory.
+            aliases[len(operands)] = len(outputs)
+            values[name] = Result(len(outputs))
+            operands.append(value.array)
+            outputs.append(Output(value.array.shape, value.array.dtype))
         else:
             values[name] = value
     # The last result is the workspace, see ffi/arena.h.
     results = [_type(operands, *dataclasses.astuple(output)) for output in outputs]
     results.append(_type(operands, (workspace,), jnp.uint8))
-    target = jax.ffi.ffi_call(TARGET, results)
+    target = jax.ffi.ffi_call(TARGET, results, input_output_aliases=aliases)
     *written, _ = target(*operands, module=module, function=function, **encode(values))
     return tuple(written)
 

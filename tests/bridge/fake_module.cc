@@ -128,10 +128,20 @@ EXPORTED int __tvm_ffi_scale(void*, const TVMFFIAny* args, int32_t count, TVMFFI
 // (..., y): returns at once.
 EXPORTED int __tvm_ffi_nothing(void*, const TVMFFIAny*, int32_t, TVMFFIAny*) { return 0; }
 
-// FlashInfer's, by its name alone.
+// FlashInfer's, by their names alone.
 EXPORTED int __tvm_ffi_trtllm_fp4_block_scale_moe(void*, const TVMFFIAny*, int32_t count,
                                                   TVMFFIAny*) {
   Write("trtllm_fp4_block_scale_moe of " + std::to_string(count));
+  return 0;
+}
+
+EXPORTED int __tvm_ffi_gemm1_t128_n128(void*, const TVMFFIAny*, int32_t count, TVMFFIAny*) {
+  Write("gemm1_t128_n128 of " + std::to_string(count));
+  return 0;
+}
+
+EXPORTED int __tvm_ffi_gemm2_t128_n128_c1(void*, const TVMFFIAny*, int32_t count, TVMFFIAny*) {
+  Write("gemm2_t128_n128_c1 of " + std::to_string(count));
   return 0;
 }
 

@@ -31,7 +31,7 @@ def layer(
         activation: its name.
     """
     gates = 1 if activation == "relu2" else 2
-    x = _values(
+    x = values(
         buffers["hidden_states"].reshape(tokens, hidden // 2),
         buffers["hidden_states_scale"].reshape(tokens, hidden // 16),
     )
@@ -48,7 +48,7 @@ def layer(
             continue
         sums = w1[0][expert] @ x[token] + w1[1][expert]
         between = _activated(buffers, expert, sums, activation)
-        row = w2[0][expert] @ _requantised(between, "per_token_scales" in buffers) + w2[1][expert]
+        row = w2[0][expert] @ requantised(between, "per_token_scales" in buffers) + w2[1][expert]
         row = (row * down[expert]).astype(jnp.bfloat16).astype(np.float64)
         y[token] += topk[token, slot] * row
     return y
@@ -59,23 +59,29 @@ def _source(rows: int) -> np.ndarray:
     return 32 * (n // 32) + 4 * (n % 8) + (n % 32) // 8
 
 
-def _values(data: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def values(data: np.ndarray, scale: np.ndarray) -> np.ndarray:
     codes = np.stack([data & 15, data >> 4], -1)
     blocks = _E2M1[codes].reshape(*scale.shape, 16)
     return (blocks * scale.astype(np.float64)[..., None]).reshape(*data.shape[:-1], -1)
+
+
+def stored_weights(
+    buffers: Buffers, gemm: str, experts: int, rows: int, columns: int
+) -> np.ndarray:
+    """A GEMM's weights [E, rows, columns] in the order of their rows in memory."""
+    data = buffers[f"{gemm}_weights"].reshape(experts, rows, columns // 2)
+    r, j = np.meshgrid(np.arange(rows), np.arange(columns // 16), indexing="ij")
+    tile = r // 128 * (columns // 64) + j // 4
+    at = tile * 512 + r % 32 * 16 + r % 128 // 32 * 4 + j % 4
+    return values(data, buffers[f"{gemm}_weights_scale"].reshape(experts, -1)[:, at])
 
 
 def _weights(
     buffers: Buffers, gemm: str, experts: int, rows: int, columns: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """A GEMM's weights [E, rows, columns] and biases [E, rows], their rows in order."""
-    data = buffers[f"{gemm}_weights"].reshape(experts, rows, columns // 2)
-    r, j = np.meshgrid(np.arange(rows), np.arange(columns // 16), indexing="ij")
-    tile = r // 128 * (columns // 64) + j // 4
-    at = tile * 512 + r % 32 * 16 + r % 128 // 32 * 4 + j % 4
-    scale = buffers[f"{gemm}_weights_scale"].reshape(experts, -1)[:, at]
     weights, bias = np.empty((experts, rows, columns)), np.zeros((experts, rows))
-    weights[:, _source(rows)] = _values(data, scale)
+    weights[:, _source(rows)] = stored_weights(buffers, gemm, experts, rows, columns)
     if f"{gemm}_bias" in buffers:
         bias[:, _source(rows)] = buffers[f"{gemm}_bias"].reshape(experts, rows)
     return weights, bias
@@ -100,7 +106,7 @@ def _activated(buffers: Buffers, expert: int, sums: np.ndarray, activation: str)
         return up * gate / (1 + np.exp(-number("gemm1_alpha", 1) * gate))
 
 
-def _requantised(row: np.ndarray, per_token: bool) -> np.ndarray:
+def requantised(row: np.ndarray, per_token: bool) -> np.ndarray:
     row_scale = 1.0
     if per_token:  # in a pass of its own, from bfloat16
         row = row.astype(jnp.bfloat16).astype(np.float64)
