@@ -10,11 +10,16 @@ from functools import partial
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_nvfp4_moe import devices
-from jax_nvfp4_moe.bridge import flashinfer, library, manifest
+from jax_nvfp4_moe.bridge import flashinfer
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.implementations import emulation
 from jax_nvfp4_moe.implementations._grouping import expected_hits
+from jax_nvfp4_moe.implementations._modules import (
+    first_that_holds,
+    module_for,
+    not_built,
+    ready,
+)
 from jax_nvfp4_moe.implementations._trtllm_call import (
     FUNCTION,
     Callee,
@@ -38,7 +43,8 @@ name = "trtllm"
 # There are kernels for tokens with scales of their own for these alone.
 _PER_TOKEN = ("silu", "swiglu_oai")
 
-_BUILD = "run `python -m jax_nvfp4_moe build trtllm`"
+# Those whose arguments are known, the newest last.
+_VERSIONS = tuple(flashinfer.PARAMETERS[FUNCTION])
 # How far it is believed: docs/bridge.md has the five steps.
 _EVIDENCE = "evidence 3 of 5: its launches were recorded, it has never run on a GPU"
 
@@ -48,14 +54,18 @@ _EVIDENCE = "evidence 3 of 5: its launches were recorded, it has never run on a 
 
 def unsupported(problem: Problem) -> str | None:
     """Why the kernel cannot serve the problem, or None if it can."""
-    return _not_computed(problem) or _not_routed(problem) or _not_built(problem.device_kind)
+    return (
+        _not_computed(problem)
+        or _not_routed(problem)
+        or not_built(name, _VERSIONS, problem.device_kind)
+    )
 
 
 def _not_computed(problem: Problem) -> str | None:
     call, experts, activation = problem.call, problem.experts, problem.call.activation.name
     scheme = experts.activation_scheme
     activations = [each for each in ACT_TYPES if scheme != "per_token" or each in _PER_TOKEN]
-    return _first_that_holds(
+    return first_that_holds(
         (call.numerics != "kernel", f"numerics={call.numerics!r} is the emulation's alone"),
         (scheme == "none", "activation_scheme='none': it multiplies quantised activations only"),
         (
@@ -74,15 +84,11 @@ def _not_computed(problem: Problem) -> str | None:
     )
 
 
-def _first_that_holds(*reasons: tuple[bool, str]) -> str | None:
-    return next((reason for holds, reason in reasons if holds), None)
-
-
 def _not_routed(problem: Problem) -> str | None:
     routing, call = problem.routing, problem.call
     if routing is None:
         return None
-    reason = _first_that_holds(
+    reason = first_that_holds(
         # One number, in a program that all devices run.
         (call.axis_name is not None, "it cannot tell which experts are a device's (axis_name)"),
         (call.router_weight_on_input, "router_weight_on_input needs the weights before it runs"),
@@ -90,49 +96,10 @@ def _not_routed(problem: Problem) -> str | None:
     return None if reason is None else f"route_in_kernel=True: {reason}; leave it False"
 
 
-def _not_built(device_kind: str) -> str | None:
-    if (reason := library.unavailable()) is not None:
-        return reason
-    try:
-        built = _built()
-    except (OSError, ValueError) as error:
-        return str(error)
-    if not built:
-        return f"FlashInfer's module is not built: {_BUILD}"
-    if _module(device_kind) is None:
-        archs = ", ".join(dict.fromkeys(arch for module in built for arch in module.archs))
-        wanted = devices.capability(device_kind)
-        return f"FlashInfer's module is built for {archs}, not for {wanted}: {_BUILD}"
-    return None
-
-
-def _built() -> list[manifest.Module]:
-    """Modules that can be called, the newest last."""
-    known = list(flashinfer.PARAMETERS[FUNCTION])
-    built = [each for each in manifest.read() if each.kind == name and each.version in known]
-    return sorted(built, key=lambda module: known.index(module.version))
-
-
-def _module(device_kind: str) -> manifest.Module | None:
-    """The newest module that was compiled for a device."""
-    wanted = devices.capability(device_kind)
-    fitting = [each for each in _built() if any(_runs_on(arch, wanted) for arch in each.archs)]
-    return fitting[-1] if fitting else None
-
-
-def _runs_on(arch: str, capability: str | None) -> bool:
-    """Whether what was compiled for an architecture, as "10.0a", runs on a GPU of a capability."""
-    if capability is None:
-        return False
-    number, suffix = arch[:-1], arch[-1]
-    if suffix == "f":  # for a family: the same major number, and no lower minor one
-        return number.split(".")[0] == capability.split(".")[0] and number <= capability
-    return number == capability
-
-
 def describe(problem: Problem) -> str:
     """The module, the packed bytes it reads, its workspace, and how far it was ever run."""
-    module, experts = _module(problem.device_kind), problem.experts
+    experts = problem.experts
+    module = module_for(name, _VERSIONS, problem.device_kind)
     assert module is not None  # unsupported
     hits = expected_hits(problem.tokens, problem.top_k, experts.num_experts)
     read = hits * experts.nbytes / experts.num_experts / 1e6
@@ -204,9 +171,6 @@ def run_from_logits(
 
 
 def _callee() -> Callee:
-    """FlashInfer's function for the device that is being traced for, known to the bridge."""
-    module = _module(devices.current_kind())
-    assert module is not None  # unsupported
-    module.register()
-    library.register_targets("cuda")
+    """FlashInfer's function for the device that is being traced for."""
+    module = ready(name, _VERSIONS)
     return Callee(module.name, module.version)

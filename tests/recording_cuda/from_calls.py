@@ -24,6 +24,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh  # noqa: E402
 
 import jax_nvfp4_moe as nvm  # noqa: E402
+from jax_nvfp4_moe import devices  # noqa: E402
 from jax_nvfp4_moe.bridge import library  # noqa: E402
 from jax_nvfp4_moe.bridge import manifest as built  # noqa: E402
 from jax_nvfp4_moe.implementations import (  # noqa: E402
@@ -138,10 +139,7 @@ def check_shares() -> None:
         return nvm.nvfp4_moe_routed(x, ids, weights, experts, axis_name="expert")
 
     function = jax.shard_map(share, mesh=mesh, in_specs=(whole,) * 3 + (split,), out_specs=whole)
-    trtllm.devices = SimpleNamespace(
-        current_kind=lambda: "NVIDIA B200", capability=trtllm.devices.capability
-    )
-    nvm.moe.devices = trtllm.devices
+    devices.current_kind = lambda: "NVIDIA B200"  # not this mesh's
     with Buffers() as buffers:
         host = Host(buffers)
         host.device = current_device

@@ -1,0 +1,76 @@
+"""Which of the modules that were built on this machine serves a device, and why none does."""
+
+from collections.abc import Sequence
+
+from jax_nvfp4_moe import devices
+from jax_nvfp4_moe.bridge import library, manifest
+
+
+def module_for(kind: str, versions: Sequence[str], device_kind: str) -> manifest.Module | None:
+    """The newest module of a kind that was compiled for a device.
+
+    Args:
+        kind: what is in it, which is also what `build` calls it.
+        versions: those that can be called, the newest last.
+        device_kind: of the device.
+
+    Raises:
+        OSError, ValueError: as `manifest.read`.
+    """
+    wanted = devices.capability(device_kind)
+    built = _built(kind, versions)
+    fitting = [each for each in built if any(_runs_on(arch, wanted) for arch in each.archs)]
+    return fitting[-1] if fitting else None
+
+
+def not_built(kind: str, versions: Sequence[str], device_kind: str) -> str | None:
+    """Why there is no such module, or None if there is one."""
+    if (reason := library.unavailable()) is not None:
+        return reason
+    command = f"run `python -m jax_nvfp4_moe build {kind}`"
+    try:
+        built = _built(kind, versions)
+    except (OSError, ValueError) as error:
+        return str(error)
+    if not built:
+        return f"FlashInfer's module is not built: {command}"
+    if module_for(kind, versions, device_kind) is None:
+        archs = ", ".join(dict.fromkeys(arch for module in built for arch in module.archs))
+        wanted = devices.capability(device_kind)
+        return f"FlashInfer's module is built for {archs}, not for {wanted}: {command}"
+    return None
+
+
+def ready(kind: str, versions: Sequence[str]) -> manifest.Module:
+    """The module for the device that is being traced for, known to the bridge; there is one.
+
+    Raises:
+        OSError, ValueError: as `Module.register`.
+    """
+    module = module_for(kind, versions, devices.current_kind())
+    assert module is not None  # not_built
+    module.register()
+    library.register_targets("cuda")
+    return module
+
+
+def first_that_holds(*reasons: tuple[bool, str]) -> str | None:
+    """The first reason whose condition holds, or None."""
+    return next((reason for holds, reason in reasons if holds), None)
+
+
+def _built(kind: str, versions: Sequence[str]) -> list[manifest.Module]:
+    """The newest last."""
+    known = list(versions)
+    built = [each for each in manifest.read() if each.kind == kind and each.version in known]
+    return sorted(built, key=lambda module: known.index(module.version))
+
+
+def _runs_on(arch: str, capability: str | None) -> bool:
+    """Whether what was compiled for an architecture, as "10.0a", runs on a GPU of a capability."""
+    if capability is None:
+        return False
+    number, suffix = arch[:-1], arch[-1]
+    if suffix == "f":  # for a family: the same major number, and no lower minor one
+        return number.split(".")[0] == capability.split(".")[0] and number <= capability
+    return number == capability
