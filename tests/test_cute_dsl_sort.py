@@ -12,7 +12,7 @@ from jax_nvfp4_moe.implementations._cute_dsl_sort import max_tiles, moe_sort
 
 # T, K, E, the first expert held here, how many are, rows of a tile.
 SIZES = [
-    *itertools.product((1, 2, 7, 33), (1, 4), (8,), (0,), (8,), (128, 256)),
+    *itertools.product((1, 7, 33), (1, 4), (8,), (0,), (8,), (128, 256)),
     *itertools.product((5, 64), (8,), (128,), (0, 32, 96), (32,), (128,)),
     (1, 8, 128, 0, 128, 128),
     (16, 8, 128, 0, 128, 128),
@@ -27,7 +27,7 @@ SIZES = [
     (5000, 8, 64, 0, 64, 128),
     (5000, 4, 512, 384, 128, 128),
 ]
-DRAWS = 16
+DRAWS = 17
 
 
 def reference(ids, first, held, tile):
@@ -57,7 +57,7 @@ def routings(rng, tokens, top_k, num_experts):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_equals_loops(sizes, rng):
-    """34 sizes, 16 routings of each."""
+    """30 sizes, 17 routings of each."""
     tokens, top_k, num_experts, first, held, tile = sizes
     sort = jax.jit(functools.partial(moe_sort, num_experts=held, tile=tile))
     most = max_tiles(tokens * top_k, held, tile)
@@ -84,7 +84,7 @@ def test_the_bound_is_reached():
     for pairs, held, tile in ((1000, 7, 128), (129, 2, 128), (8, 8, 128), (513, 4, 256)):
         rest = pairs - (held - 1)
         ids = np.array([*range(held - 1), *[held - 1] * rest], np.int32).reshape(-1, 1)
-        found = moe_sort(jnp.asarray(ids), held, tile)
+        found = jax.jit(moe_sort, static_argnums=(1, 2))(jnp.asarray(ids), held, tile)
         assert found.num_non_exiting_tiles.tolist() == [max_tiles(pairs, held, tile)]
 
 
