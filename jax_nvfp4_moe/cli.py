@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -21,6 +21,9 @@ from jax_nvfp4_moe import checkpoint
 from jax_nvfp4_moe.checkpoint import CheckpointError
 from jax_nvfp4_moe.checkpoint.files import TensorFiles
 from jax_nvfp4_moe.checkpoint.inspection import LayerReport, Report, inspect_checkpoint
+
+if TYPE_CHECKING:
+    from jax_nvfp4_moe.bridge.build import Build
 
 _FAILED, _FILES = 1, 3
 
@@ -176,15 +179,58 @@ def trtllm(
 
     It is kept in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe.
     """
-    # Imported here: it is for Linux alone.
-    from jax_nvfp4_moe.bridge.build import BuildError, build_trtllm, parse_archs  # noqa: PLC0415
+    # Imported here: they are for Linux alone.
+    from jax_nvfp4_moe.bridge import build, build_trtllm  # noqa: PLC0415
+
+    with _plain_errors(build.BuildError):
+        archs = _archs(arch, build_trtllm.ARCHS)
+        built = build_trtllm.build_trtllm(archs, python=python, jobs=jobs, progress=progress)
+    _print_built(built, as_json)
+
+
+@build.command("cute_dsl")
+@click.option("--arch", default="10.0a,10.3a", show_default=True, help="What to compile for.")
+@click.option(
+    "--tactics",
+    type=click.Choice(["all", "default"]),
+    default="all",
+    show_default=True,
+    help="All kernels that FlashInfer chooses from, or the two that it takes if nothing was tuned.",
+)
+@click.option(
+    "--python",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The interpreter of an environment that has FlashInfer; by default this one.",
+)
+@_progress
+@_json
+def cute_dsl(
+    arch: str, tactics: str, python: Path | None, progress: bool | None, as_json: bool
+) -> None:
+    """Build FlashInfer's CuTe-DSL MoE: some seconds for each kernel, and no CUDA toolkit.
+
+    It is kept in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe.
+    """
+    from jax_nvfp4_moe.bridge import build, build_cute_dsl, cute_dsl  # noqa: PLC0415
+
+    with _plain_errors(build.BuildError):
+        archs = _archs(arch, cute_dsl.ARCHS)
+        built = build_cute_dsl.build_cute_dsl(
+            archs, tactics=tactics, python=python, progress=progress
+        )
+    _print_built(built, as_json)
+
+
+def _archs(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    from jax_nvfp4_moe.bridge.build import parse_archs  # noqa: PLC0415
 
     try:
-        archs = parse_archs(arch)
+        return parse_archs(text, known)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--arch") from None
-    with _plain_errors(BuildError):
-        built = build_trtllm(archs, python=python, jobs=jobs, progress=progress)
+
+
+def _print_built(built: "Build", as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(built.json(), indent=2))
         return
@@ -192,8 +238,12 @@ def trtllm(
     how = "compiled" if built.found is None else f"found as {built.found}"
     click.echo(f"{module.name} for {', '.join(module.archs)}: {how}, {built.seconds:.0f} s")
     click.echo(module.path)
-    click.echo(f"calls {module.tvm_ffi}")
-    click.echo(f"reads images from {module.cubins}")
+    for each in (module.tvm_ffi, *module.needs):
+        click.echo(f"calls {each}")
+    if module.cubins is not None:
+        click.echo(f"reads images from {module.cubins}")
+    if module.functions:
+        click.echo(f"exports {', '.join(module.functions)}")
     click.echo(", ".join(f"{name} {version}" for name, version in module.versions.items()))
 
 

@@ -1,19 +1,13 @@
 """Finds or compiles FlashInfer's TRTLLM-Gen MoE module: a script for a Python that has FlashInfer.
 
-`build` runs it by its path, in a process of its own, since FlashInfer's Python imports torch, and
-maybe in another environment, without JAX: it needs the standard library and FlashInfer. On stdout
-it writes JSON objects, one a line: {"stage": text}, {"done": n, "of": m}, and at the end {"result":
-...} or {"error": text, "hint": "install", "log" or null}. All else goes to stderr, what compilers
-say included. It ends when its stdin does, and all that it started with it.
+`build_trtllm` runs it in a process of its own since FlashInfer's Python imports torch: it needs the
+standard library and FlashInfer. `_worker` says how it tells of itself.
 """
 
 import argparse
 import concurrent.futures
-import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -25,9 +19,16 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # The package may not be there.
+    from _worker import Failure, Tell, package, run
+    from _worker import versions as installed
+else:
+    from jax_nvfp4_moe.bridge._worker import Failure, Tell, package, run
+    from jax_nvfp4_moe.bridge._worker import versions as installed
 
 FUNCTION = "trtllm_fp4_block_scale_moe"
 # In a module that the bridge can call (ffi/modules.cc), each with the NUL that ends it.
@@ -55,56 +56,17 @@ TOOLKIT = (
     "include/curand.h",
 )
 
-Tell = Callable[..., None]
-
-
-class Failure(Exception):
-    """What ends the build, in words for the user; the hint says what to show with it."""
-
-    def __init__(self, text: str, hint: str | None = None) -> None:
-        super().__init__(text)
-        self.hint = hint
-
 
 def main() -> None:
-    """Runs the command that `build` gives."""
+    """Runs the command that `build_trtllm` gives."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--known", required=True, help="versions of flashinfer-python")
     parser.add_argument("--archs", required=True, help="as in 10.0a,10.3a")
     parser.add_argument("--workspace", type=Path, required=True)
     parser.add_argument("--jobs", type=int, required=True)
     args = parser.parse_args()
-    # This script's directory has a flashinfer.py.
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
-
-    events = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    sys.stdout = sys.stderr
-
-    def tell(**event: Any) -> None:
-        events.write(json.dumps(event, default=str) + "\n")
-
-    threading.Thread(target=end_with_stdin, daemon=True).start()
-    try:
-        known, archs = args.known.split(","), args.archs.split(",")
-        tell(result=make(known, archs, args.workspace, args.jobs, tell))
-    except Failure as failure:
-        tell(error=str(failure), hint=failure.hint)
-    except Exception as error:
-        traceback.print_exc()
-        tell(error=f"{type(error).__name__}: {error}", hint="log")
-
-
-def end_with_stdin() -> None:
-    """Ends this process and those that it started when whoever started it is gone or says so."""
-    while os.read(0, 1 << 16):
-        pass
-    if os.getpgrp() == os.getpid():
-        for _ in range(20):  # Until none is left to be told, this one included.
-            os.killpg(0, signal.SIGTERM)
-            time.sleep(0.5)
-        os.killpg(0, signal.SIGKILL)
+    known, archs = args.known.split(","), args.archs.split(",")
+    run(lambda tell: make(known, archs, args.workspace, args.jobs, tell))
 
 
 def make(known: list[str], archs: list[str], workspace: Path, jobs: int, tell: Tell) -> dict:
@@ -152,13 +114,7 @@ def check_versions(known: list[str]) -> dict[str, str]:
     Raises:
         Failure: they do not fit.
     """
-    found = {}
-    for name in DISTRIBUTIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    lack = [name for name in ("flashinfer-python", "torch", "apache-tvm-ffi") if name not in found]
-    if lack:
-        raise Failure(f"{sys.executable} has no {', '.join(lack)}", "install")
+    found = installed(DISTRIBUTIONS, required=("flashinfer-python", "torch", "apache-tvm-ffi"))
     version, cubin = found["flashinfer-python"], found.get("flashinfer-cubin")
     if version not in known:
         raise Failure(
@@ -257,14 +213,6 @@ def check_images(tell: Tell) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def package(name: str) -> Path:
-    """The directory of an installed package."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise Failure(f"{sys.executable} has no package {name}", "install")
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 # -------------------------------------------------------------------------------------- finding

@@ -1,4 +1,4 @@
-"""Builds other packages' modules, so that calls find them: `python -m jax_nvfp4_moe build`."""
+"""What all builds of other packages' modules share: `build_trtllm` and `build_cute_dsl`."""
 
 import contextlib
 import dataclasses
@@ -12,21 +12,19 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jax_nvfp4_moe.bridge import flashinfer, manifest
+from jax_nvfp4_moe.bridge import manifest
 
-ARCHS = ("10.0a", "10.0f", "10.3a")
-_WORKER = Path(__file__).with_name("_flashinfer_build.py")
 _LOG_LINES, _LOG_WIDTH = 30, 200
 _SECONDS_TO_END = 10
 
-_Event = dict[str, Any]
+Event = dict[str, Any]
 
 
 class BuildError(RuntimeError):
@@ -54,76 +52,27 @@ class Build:
         return json.loads(json.dumps({**entry, **built}, default=str))
 
 
-def parse_archs(text: str) -> tuple[str, ...]:
-    """What to compile for, from a list like "10.0a,10.3a".
+def parse_archs(text: str, known: Collection[str]) -> tuple[str, ...]:
+    """What to compile for, from a list like "10.0a,10.3a", or "100a,103a" for the same.
+
+    Args:
+        text: the list.
+        known: what may be in it.
 
     Raises:
-        ValueError: it is no such list, or has what FlashInfer's TRTLLM-Gen kernels are not for.
+        ValueError: it is no such list.
     """
-    archs = tuple(sorted({each.strip() for each in text.split(",")}))
-    if not set(archs) <= set(ARCHS):
+    short = {each.replace(".", ""): each for each in known}
+    archs = tuple(sorted({short.get(each.strip(), each.strip()) for each in text.split(",")}))
+    if not set(archs) <= set(known):
         raise ValueError(
-            f"{text!r} is no comma-separated list of {', '.join(ARCHS)}, as in 10.0a,10.3a: the "
+            f"{text!r} is no comma-separated list of {', '.join(known)}, as in 10.0a,10.3a: the "
             "kernels are for SM100 and SM103"
         )
     return archs
 
 
-def build_trtllm(
-    archs: tuple[str, ...],
-    *,
-    python: Path | None = None,
-    jobs: int | None = None,
-    cache: Path | None = None,
-    progress: bool | None = None,
-) -> Build:
-    """Finds or compiles FlashInfer's TRTLLM-Gen MoE module, and writes it into the manifest.
-
-    What was compiled when it was interrupted is not compiled again the next time.
-
-    Args:
-        archs: what to compile for, of `ARCHS`.
-        python: the interpreter of an environment that has FlashInfer, by default this one.
-        jobs: how many compilers may run at a time, by default as many as there are processors.
-        cache: where everything goes, `manifest.default_cache()` if not given.
-        progress: show it on stderr; None means where that is a terminal.
-
-    Raises:
-        BuildError: FlashInfer or a compiler is not there, not the expected one, or fails.
-        OSError: a file cannot be read or written, or the interpreter cannot be run.
-        ValueError: the manifest is malformed.
-    """
-    cache = (cache or manifest.default_cache()).absolute()
-    cache.mkdir(parents=True, exist_ok=True)
-    manifest.read(cache)  # Malformed is better known now than after half an hour.
-    python = (python or Path(sys.executable)).absolute()
-    command = [
-        *(str(python), str(_WORKER)),
-        *("--known", ",".join(flashinfer.PARAMETERS["trtllm_fp4_block_scale_moe"])),
-        *("--archs", ",".join(archs)),
-        *("--workspace", str(cache / "flashinfer")),
-        *("--jobs", str(jobs or os.cpu_count() or 1)),
-    ]
-    with _locked(cache), _shown(progress) as show:
-        result = _run(command, cache / "build-trtllm.log", show)
-        library = Path(result["library"])
-        version = result["versions"]["flashinfer-python"]
-        path, sha256 = _keep(library, cache, f"trtllm-{version}")
-        module = manifest.Module(
-            kind="trtllm",
-            version=version,
-            archs=tuple(result["archs"]),
-            path=path,
-            sha256=sha256,
-            tvm_ffi=_tvm_ffi() or Path(result["tvm_ffi"]),
-            cubins=Path(result["cubins"]),
-            versions=result["versions"],
-        )
-        manifest.add(module, cache)
-    return Build(module, None if result["built"] else library, round(result["seconds"], 1))
-
-
-def _run(command: list[str], log: Path, show: Callable[[_Event], None]) -> _Event:
+def run(command: list[str], log: Path, show: Callable[[Event], None]) -> Event:
     """Runs the worker; returns its result."""
     with log.open("wb") as stderr:
         # In a group of its own, which ends, ninja and all, when its stdin is closed: also if this
@@ -137,7 +86,7 @@ def _run(command: list[str], log: Path, show: Callable[[_Event], None]) -> _Even
         )
     assert worker.stdin is not None
     assert worker.stdout is not None
-    last: _Event = {}
+    last: Event = {}
     try:
         for line in worker.stdout:
             last = json.loads(line)
@@ -181,7 +130,7 @@ def _extract(log: Path) -> str:
     return "\n".join(lines[start : start + _LOG_LINES])
 
 
-def _keep(library: Path, cache: Path, name: str) -> tuple[Path, str]:
+def keep(library: Path, cache: Path, name: str) -> tuple[Path, str]:
     """Copies a library into the cache; returns where it is there, and its SHA-256."""
     image = library.read_bytes()
     sha256 = hashlib.sha256(image).hexdigest()
@@ -197,7 +146,7 @@ def _keep(library: Path, cache: Path, name: str) -> tuple[Path, str]:
     return path, sha256
 
 
-def _tvm_ffi() -> Path | None:
+def tvm_ffi() -> Path | None:
     """This environment's libtvm_ffi, if FlashInfer can call it, so that a process needs one only.
 
     FlashInfer requires 0.1.6 or later and less than 0.2 (flashinfer-python@0.6.13:METADATA).
@@ -217,7 +166,7 @@ def _tvm_ffi() -> Path | None:
 
 
 @contextlib.contextmanager
-def _locked(cache: Path) -> Iterator[None]:
+def locked(cache: Path) -> Iterator[None]:
     """Holds the cache for this process; another build waits, and then finds what this one made."""
     with (cache / "build.lock").open("w") as file:
         try:
@@ -229,7 +178,7 @@ def _locked(cache: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _shown(progress: bool | None) -> Iterator[Callable[[_Event], None]]:
+def shown(progress: bool | None) -> Iterator[Callable[[Event], None]]:
     """A bar on stderr that is told of the worker's events; lines where stderr is no terminal."""
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     show = console.is_terminal if progress is None else progress
@@ -239,7 +188,7 @@ def _shown(progress: bool | None) -> Iterator[Callable[[_Event], None]]:
     ) as bars:
         bar = bars.add_task("starting", total=None)
 
-        def tell(event: _Event) -> None:
+        def tell(event: Event) -> None:
             if "stage" in event:
                 text = event["stage"]
                 bars.update(bar, description=text, completed=0, total=None)

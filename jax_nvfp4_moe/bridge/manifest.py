@@ -16,7 +16,7 @@ from jax_nvfp4_moe.bridge import library
 CACHE_VARIABLE = "JAX_NVFP4_MOE_CACHE"
 
 _FILE = "modules.json"
-_AGAIN = "run `python -m jax_nvfp4_moe build trtllm` again"
+_COMMAND = "`python -m jax_nvfp4_moe build {}`"
 # What the manifest has for each module, by the names of the class's fields.
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "kind": str,
@@ -28,6 +28,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "cubins": (str, NoneType),
     "versions": dict,
 }
+# What it may have: a manifest of an earlier version has not.
+_OPTIONAL: dict[str, type] = {"needs": list, "functions": list}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Module:
     """A compiled module.
 
     Attributes:
-        kind: what is in it: "trtllm".
+        kind: what is in it: "trtllm" or "cute_dsl".
         version: of the package that it comes from, in full.
         archs: what it was compiled for, as in ("10.0a", "10.3a").
         path: the shared library.
@@ -43,6 +45,8 @@ class Module:
         tvm_ffi: libtvm_ffi.so, which it calls.
         cubins: the directory of the images that it asks for, or None if it has all in itself.
         versions: of the packages and tools that it was built with, by their names.
+        needs: other libraries that it opens by these paths.
+        functions: what it exports; () where that is one function, which the kind implies.
     """
 
     kind: str
@@ -53,6 +57,8 @@ class Module:
     tvm_ffi: Path
     cubins: Path | None
     versions: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
+    needs: tuple[Path, ...] = ()
+    functions: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -70,22 +76,24 @@ class Module:
             OSError: one of its files, or the bridge's library, is not there.
             ValueError: the file is not the one that was built, or another module has its name.
         """
-        _check_sha256(self.path, self.sha256)
-        if not self.tvm_ffi.is_file():
-            raise FileNotFoundError(f"{self.tvm_ffi}, which {self.name} calls, is gone: {_AGAIN}")
+        again = f"run {_COMMAND.format(self.kind)} again"
+        _check_sha256(self.path, self.sha256, again)
+        for each in (self.tvm_ffi, *self.needs):
+            if not each.is_file():
+                raise FileNotFoundError(f"{each}, which {self.name} calls, is gone: {again}")
         if self.cubins is not None and not self.cubins.is_dir():
-            raise FileNotFoundError(f"{self.cubins}, {self.name}'s images, is gone: {_AGAIN}")
+            raise FileNotFoundError(f"{self.cubins}, {self.name}'s images, is gone: {again}")
         library.register_module(self.name, self.path, tvm_ffi=self.tvm_ffi, cubins=self.cubins)
 
 
 @functools.cache  # Once for each file in a process: modules have tens of megabytes.
-def _check_sha256(path: Path, expected: str) -> None:
+def _check_sha256(path: Path, expected: str, again: str) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}, which the manifest names, is gone: {_AGAIN}")
+        raise FileNotFoundError(f"{path}, which the manifest names, is gone: {again}")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise ValueError(f"{path} has the SHA-256 {found}, expected {expected}: {_AGAIN}")
+        raise ValueError(f"{path} has the SHA-256 {found}, expected {expected}: {again}")
 
 
 def default_cache() -> Path:
@@ -114,13 +122,17 @@ def read(cache: Path | None = None) -> tuple[Module, ...]:
         return tuple(_decode(entry) for entry in json.loads(text)["modules"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is no manifest of modules ({error!r}): delete it, then {_AGAIN}"
+            f"{file} is no manifest of modules ({error!r}): delete it, then run "
+            f"{_COMMAND.format('trtllm')} or {_COMMAND.format('cute_dsl')} again"
         ) from None
 
 
 def _decode(entry: dict[str, Any]) -> Module:
     for key, expected in _TYPES.items():
         if not isinstance(entry[key], expected):
+            raise TypeError(f"{key} is {entry[key]!r}")
+    for key, expected in _OPTIONAL.items():
+        if not isinstance(entry.get(key, expected()), expected):
             raise TypeError(f"{key} is {entry[key]!r}")
     cubins = entry["cubins"]
     return Module(
@@ -132,6 +144,8 @@ def _decode(entry: dict[str, Any]) -> Module:
         tvm_ffi=Path(entry["tvm_ffi"]),
         cubins=None if cubins is None else Path(cubins),
         versions=entry["versions"],
+        needs=tuple(map(Path, entry.get("needs", ()))),
+        functions=tuple(entry.get("functions", ())),
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import click.testing
 import pytest
 
-from jax_nvfp4_moe.bridge import _flashinfer_build, build, manifest
+from jax_nvfp4_moe.bridge import _flashinfer_build, build, build_trtllm, manifest
 from jax_nvfp4_moe.cli import main
 from tests.bridge.fake_flashinfer import IMAGES, NAME, Environment, compile_ahead, write
 
@@ -490,9 +490,9 @@ def test_another_build_is_waited_for(fake, capfd):
     waited = []
 
     def second():
-        waited.append(build.build_trtllm(("10.0a",), python=fake.python))
+        waited.append(build_trtllm.build_trtllm(("10.0a",), python=fake.python))
 
-    with build._locked(fake.cache):
+    with build.locked(fake.cache):
         thread = threading.Thread(target=second)
         thread.start()
         wait_until(lambda: "Waiting for another build in" in capfd.readouterr().err)
@@ -529,7 +529,7 @@ def test_whose_tvm_ffi(fake, monkeypatch, version, here):
     )
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda _: spec if version else None)
     monkeypatch.setattr(build.importlib.metadata, "version", lambda _: version)
-    module = build.build_trtllm(("10.0a",), python=fake.python).module
+    module = build_trtllm.build_trtllm(("10.0a",), python=fake.python).module
     assert module.tvm_ffi == (own if here else fake.site) / "tvm_ffi" / "lib" / "libtvm_ffi.so"
 
 

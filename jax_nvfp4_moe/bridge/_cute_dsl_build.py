@@ -1,0 +1,186 @@
+"""Compiles FlashInfer's CuTe-DSL kernels: a script for a Python that has it and CuTe-DSL.
+
+`build_cute_dsl` runs it in a process of its own since CuTe-DSL imports torch. No GPU, driver or
+CUDA toolkit is needed. `_worker` says how it tells of itself.
+"""
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+if __name__ == "__main__":  # The package may not be there.
+    from _worker import Failure, Tell, package, run, versions
+else:
+    from jax_nvfp4_moe.bridge._worker import Failure, Tell, package, run, versions
+
+REQUIRED = ("flashinfer-python", "nvidia-cutlass-dsl", "apache-tvm-ffi")
+KERNELS = Path(__file__).resolve().with_name("_cute_dsl_kernels.py")
+LIBRARY = "cute_dsl_moe.so"
+
+
+def main() -> None:
+    """Runs the command that `build_cute_dsl` gives."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--known", required=True, help="versions of flashinfer-python")
+    parser.add_argument("--functions", required=True, help="as in gemm1_t128_n128_sm100a")
+    parser.add_argument("--workspace", type=Path, required=True)
+    args = parser.parse_args()
+    known, functions = args.known.split(","), args.functions.split(",")
+    run(lambda tell: make(known, functions, args.workspace, tell))
+
+
+def make(known: list[str], functions: list[str], workspace: Path, tell: Tell) -> dict[str, Any]:
+    """The library, and what the manifest wants to know of it."""
+    begun = time.monotonic()
+    found = versions((*REQUIRED, "torch"), required=REQUIRED)
+    check_version(found["flashinfer-python"], known)
+    objects = workspace / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    kept = {name: objects / f"{name}-{key(name, found)}.o" for name in functions}
+    missing = {name: path for name, path in kept.items() if not path.exists()}
+    if missing:
+        tell(stage="importing CuTe-DSL and FlashInfer's kernels")
+        kernels, classes = import_kernels()
+        tell(stage="compiling")
+        for done, (name, path) in enumerate(missing.items(), 1):
+            compile_one(kernels, classes, name, path)
+            tell(done=done, of=len(missing))
+    runtime = find_runtime()
+    tell(stage="linking")
+    tvm_ffi = package("tvm_ffi") / "lib" / "libtvm_ffi.so"
+    cudart = re.search(r"/cu(\d+)/", str(runtime))
+    found["libcudart"] = cudart[1] if cudart else "13"
+    library = workspace / LIBRARY
+    link(list(kept.values()), runtime, tvm_ffi, found["libcudart"], library)
+    return {
+        "library": library,
+        "built": bool(missing),
+        "versions": found,
+        "tvm_ffi": tvm_ffi,
+        "runtime": runtime,
+        "seconds": time.monotonic() - begun,
+    }
+
+
+def check_version(version: str, known: list[str]) -> None:
+    """Refuses versions whose classes may have other signatures.
+
+    Raises:
+        Failure: this is one.
+    """
+    if version not in known:
+        raise Failure(
+            f"{sys.executable} has flashinfer-python {version}, expected {' or '.join(known)}: the "
+            "CuTe-DSL kernels' signatures differ between versions"
+        )
+
+
+def key(name: str, found: dict[str, str]) -> str:
+    """What an object is kept by: it is another if anything that it is made of is."""
+    parts = [name, found["flashinfer-python"], found["nvidia-cutlass-dsl"], host()]
+    parts += [Path(file).read_text("utf-8") for file in (__file__, KERNELS)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def host() -> str:
+    """This processor's instructions, for which CuTe-DSL compiles what launches kernels."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def import_kernels() -> tuple[ModuleType, ModuleType]:
+    """Ours, and FlashInfer's package of kernel classes.
+
+    The latter by its path: it needs CuTe-DSL alone, and the modules above it much else.
+    """
+    directory = package("flashinfer") / "fused_moe" / "cute_dsl" / "blackwell"
+    classes = load("flashinfer_kernels", directory / "__init__.py", directory)
+    return load("cute_dsl_kernels", KERNELS), classes
+
+
+def load(name: str, file: Path, *directories: Path) -> ModuleType:
+    """A module, or a package, by its path."""
+    spec = importlib.util.spec_from_file_location(
+        name, file, submodule_search_locations=list(map(str, directories)) or None
+    )
+    if spec is None or spec.loader is None or not file.is_file():
+        raise Failure(f"{file}, FlashInfer's CuTe-DSL kernels, is not there", "install")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_one(kernels: Any, classes: ModuleType, name: str, path: Path) -> None:
+    """Compiles one function, and keeps its object and, to be looked at, its PTX."""
+    match = re.fullmatch(r"gemm([12])_t(\d+)_n(\d+)(?:_c(\d+))?_sm(\d+a)", name)
+    assert match is not None, name
+    gemm, tile, n, cluster_n, arch = match.groups()
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=path.parent) as new:
+        options = f"--gpu-arch sm_{arch} --keep-ptx --dump-dir={new}"
+        if gemm == "1":
+            compiled = kernels.gemm1(classes, int(tile), int(n), options)
+        else:
+            compiled = kernels.gemm2(classes, int(tile), int(n), int(cluster_n), options)
+        compiled.export_to_c(f"{new}/new.o", name)
+        for ptx in Path(new).glob("*.ptx"):
+            ptx.replace(path.with_suffix(".ptx"))
+        Path(new, "new.o").replace(path)
+    print(f"{name}: {time.monotonic() - begun:.1f} s, {path.stat().st_size} bytes", flush=True)
+
+
+def find_runtime() -> Path:
+    """libcute_dsl_runtime.so, which the objects call.
+
+    Raises:
+        Failure: CuTe-DSL does not find it.
+    """
+    runtime = importlib.import_module("cutlass.runtime")
+    for each in runtime.find_runtime_libraries(enable_tvm_ffi=False):
+        if Path(each).name == "libcute_dsl_runtime.so" and Path(each).is_file():
+            return Path(each).resolve()
+    raise Failure(f"{sys.executable} has no libcute_dsl_runtime.so", "install")
+
+
+def link(objects: list[Path], runtime: Path, tvm_ffi: Path, cudart: str, library: Path) -> None:
+    """Links the objects with what they call, found where it is now.
+
+    The CUDA runtime is not for them, libcute_dsl_runtime.so has one in itself, but for the bridge,
+    which sets the device and loads kernels through the one that a module is linked to
+    (ffi/modules.h). A stand-in is enough to link to: the process has JAX's.
+
+    Raises:
+        Failure: there is no linker, or it fails.
+    """
+    compiler = os.environ.get("CXX", "c++")
+    name = f"libcudart.so.{cudart}"
+    wheels = importlib.util.find_spec("nvidia")
+    roots = [Path(each) for each in (wheels and wheels.submodule_search_locations) or ()]
+    beside = [each.parent for root in roots for each in sorted(root.glob(f"*/lib/{name}"))]
+    paths = [f"-Wl,-rpath,{each}" for each in (runtime.parent, tvm_ffi.parent, *beside)]
+    with tempfile.TemporaryDirectory(dir=library.parent) as new:
+        stub, linked = Path(new, name), Path(new, library.name)
+        empty = [compiler, "-shared", "-x", "c++", os.devnull, f"-Wl,-soname,{name}"]
+        command = [compiler, "-shared", *map(str, objects), str(runtime), str(tvm_ffi)]
+        command += ["-Wl,--no-as-needed", str(stub), "-Wl,--no-undefined,-z,noexecstack", *paths]
+        try:
+            subprocess.run([*empty, "-o", str(stub)], check=True)
+            subprocess.run([*command, "-o", str(linked)], check=True)
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            raise Failure(f"{compiler} cannot link a library: {error}", "log") from None
+        linked.replace(library)
+
+
+if __name__ == "__main__":
+    main()
