@@ -5,16 +5,18 @@ CUDA toolkit is needed. `_worker` says how it tells of itself.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,22 +123,32 @@ def load(name: str, file: Path, *directories: Path) -> ModuleType:
     return module
 
 
+@contextlib.contextmanager
+def scratch(workspace: Path) -> Iterator[Path]:
+    """An empty directory; what a killed build left in it is gone. Only one build runs at a time."""
+    directory = workspace / "new"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    yield directory
+    shutil.rmtree(directory)
+
+
 def compile_one(kernels: Any, classes: ModuleType, name: str, path: Path) -> None:
     """Compiles one function, and keeps its object and, to be looked at, its PTX."""
     match = re.fullmatch(r"gemm([12])_t(\d+)_n(\d+)(?:_c(\d+))?_sm(\d+a)", name)
     assert match is not None, name
     gemm, tile, n, cluster_n, arch = match.groups()
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=path.parent) as new:
+    with scratch(path.parents[1]) as new:
         options = f"--gpu-arch sm_{arch} --keep-ptx --dump-dir={new}"
         if gemm == "1":
             compiled = kernels.gemm1(classes, int(tile), int(n), options)
         else:
             compiled = kernels.gemm2(classes, int(tile), int(n), int(cluster_n), options)
-        compiled.export_to_c(f"{new}/new.o", name)
-        for ptx in Path(new).glob("*.ptx"):
+        compiled.export_to_c(str(new / path.name), name)
+        for ptx in new.glob("*.ptx"):
             ptx.replace(path.with_suffix(".ptx"))
-        Path(new, "new.o").replace(path)
+        (new / path.name).replace(path)
     print(f"{name}: {time.monotonic() - begun:.1f} s, {path.stat().st_size} bytes", flush=True)
 
 
@@ -169,11 +181,11 @@ def link(objects: list[Path], runtime: Path, tvm_ffi: Path, cudart: str, library
     roots = [Path(each) for each in (wheels and wheels.submodule_search_locations) or ()]
     beside = [each.parent for root in roots for each in sorted(root.glob(f"*/lib/{name}"))]
     paths = [f"-Wl,-rpath,{each}" for each in (runtime.parent, tvm_ffi.parent, *beside)]
-    with tempfile.TemporaryDirectory(dir=library.parent) as new:
-        stub, linked = Path(new, name), Path(new, library.name)
+    with scratch(library.parent) as new:
+        stub, linked = new / name, new / library.name
         empty = [compiler, "-shared", "-x", "c++", os.devnull, f"-Wl,-soname,{name}"]
-        command = [compiler, "-shared", *map(str, objects), str(runtime), str(tvm_ffi)]
-        command += ["-Wl,--no-as-needed", str(stub), "-Wl,--no-undefined,-z,noexecstack", *paths]
+        command = [compiler, "-shared", "-Wl,--no-as-needed", *map(str, objects)]
+        command += [str(runtime), str(tvm_ffi), str(stub), "-Wl,--no-undefined", *paths]
         try:
             subprocess.run([*empty, "-o", str(stub)], check=True)
             subprocess.run([*command, "-o", str(linked)], check=True)

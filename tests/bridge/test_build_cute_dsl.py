@@ -1,0 +1,383 @@
+"""`python -m jax_nvfp4_moe build cute_dsl`: what it compiles, keeps, refuses, writes down."""
+
+import ctypes.util
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import click.testing
+import pytest
+
+from jax_nvfp4_moe.bridge import build, build_cute_dsl, cute_dsl, library, manifest
+from jax_nvfp4_moe.cli import main
+from tests.bridge.device_tensors import call_on_no_device
+from tests.bridge.fake_cute_dsl import Environment
+from tests.bridge.fake_flashinfer import write
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler, g++")
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    environment = Environment(tmp_path)
+    monkeypatch.setenv("FAKE_JOURNAL", str(environment.journal))
+    monkeypatch.setenv(manifest.CACHE_VARIABLE, str(environment.cache))
+    return environment
+
+
+def run(*arguments):
+    """The exit code, stdout and stderr of a build."""
+    command = ["build", "cute_dsl", *map(str, arguments)]
+    done = click.testing.CliRunner().invoke(main, command)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+def compiled(fake):
+    return [each["name"] for each in fake.asked()]
+
+
+def functions(arch, tactics="all"):
+    return [each.function(arch) for each in cute_dsl.TACTICS[tactics]]
+
+
+def test_names():
+    assert functions("10.3a", "default") == ["gemm1_t128_n128_sm103a", "gemm2_t128_n128_c1_sm103a"]
+    names = functions("10.0a")
+    assert len(set(names)) == len(names) == 12
+    assert names[3] == "gemm1_t256_n256_sm100a"
+    assert names[-1] == "gemm2_t256_n256_c2_sm100a"
+
+
+def test_builds(fake):
+    code, out, err = run("--python", fake.python)
+    assert (code, err) == (0, "")
+    expected = functions("10.0a") + functions("10.3a")
+    assert compiled(fake) == expected
+    (module,) = manifest.read()
+    assert (module.name, module.archs) == ("cute_dsl-0.6.13", ("10.0a", "10.3a"))
+    assert module.functions == tuple(expected)
+    image = module.path.read_bytes()
+    assert module.sha256 == hashlib.sha256(image).hexdigest()
+    assert module.path == fake.cache / f"cute_dsl-0.6.13-{module.sha256[:16]}" / "cute_dsl_moe.so"
+    assert (module.cubins, module.needs) == (None, (fake.runtime,))
+    assert module.versions == {
+        "flashinfer-python": "0.6.13",
+        "nvidia-cutlass-dsl": "4.8.1",
+        "apache-tvm-ffi": "0.1.9",
+        "torch": "2.13.0",
+        "libcudart": "13",
+    }
+    for needed in (b"libcute_dsl_runtime.so\0", b"libtvm_ffi.so\0", b"libcudart.so.13\0"):
+        assert needed in image
+    assert str(fake.runtime.parent).encode() in image  # where it is found
+    assert re.match(r"cute_dsl-0\.6\.13 for 10\.0a, 10\.3a: compiled, \d+ s\n", out)
+    assert f"{module.path}\ncalls {module.tvm_ffi}\ncalls {fake.runtime}\nexports gemm1_" in out
+    kept = {each.suffix for each in (fake.cache / "cute_dsl" / "objects").iterdir()}
+    assert kept == {".o", ".ptx"}
+    assert not (fake.cache / "cute_dsl" / "new").exists()
+
+
+def test_what_is_compiled(fake):
+    """Tilings, clusters and the sizes that the generated checks hold calls to."""
+    run("--python", fake.python, "--arch", "100a")
+    by_name = {each["name"]: each for each in fake.asked()}
+    gemm1 = by_name["gemm1_t256_n128_sm100a"]
+    assert (gemm1["mma_tiler_mn"], gemm1["cluster_shape_mn"]) == ([256, 128], [2, 1])
+    assert (gemm1["topk"], gemm1["sf_vec_size"], gemm1["enable_pdl"]) == (1, 16, False)
+    assert gemm1["options"].startswith("--enable-tvm-ffi --gpu-arch sm_100a --keep-ptx")
+    assert gemm1["arguments"][1] == ["uint8", ["E/1", "2I/128", "H/2/128"], 32]
+    assert gemm1["arguments"][2] == ["e4m3", ["T/1", "H/16/16"], 16]
+    assert len(gemm1["arguments"]) == len(cute_dsl.GEMM1) + 1  # the stream
+    gemm2 = by_name["gemm2_t128_n256_c2_sm100a"]
+    assert (gemm2["mma_tiler_mn"], gemm2["cluster_shape_mn"]) == ([128, 256], [1, 2])
+    assert (gemm2["use_blkred"], gemm2["enable_pdl"]) == (True, False)
+    assert gemm2["arguments"][1] == ["uint8", ["E/1", "H/512", "I/2/32"], 32]
+    assert len(gemm2["arguments"]) == len(cute_dsl.GEMM2) + 1
+
+
+def test_again_compiles_nothing(fake):
+    run("--python", fake.python, "--tactics", "default", "--arch", "10.0a")
+    (before,) = manifest.read()
+    code, out, _ = run("--python", fake.python, "--tactics", "default", "--arch", "100a")
+    assert code == 0
+    assert "cute_dsl-0.6.13 for 10.0a: found as " in out
+    assert manifest.read() == (before,)
+    assert compiled(fake) == functions("10.0a", "default")
+    run("--python", fake.python, "--arch", "10.0a")  # All: the others.
+    assert sorted(compiled(fake)) == sorted(functions("10.0a"))
+    fake.install("nvidia-cutlass-dsl", "4.8.2")  # Another compiler: all again.
+    run("--python", fake.python, "--tactics", "default", "--arch", "10.0a")
+    assert compiled(fake)[12:] == functions("10.0a", "default")
+
+
+def test_json_and_progress(fake):
+    arguments = ("--tactics", "default", "--arch", "10.3a", "--json", "--progress")
+    code, out, err = run("--python", fake.python, *arguments)
+    assert code == 0
+    printed = json.loads(out)
+    assert (printed["name"], printed["built"]) == ("cute_dsl-0.6.13", True)
+    assert printed["functions"] == functions("10.3a", "default")
+    lines = [line.split(" after")[0] for line in err.splitlines()]
+    stages = ["importing CuTe-DSL and FlashInfer's kernels", "compiling", "[1/2]", "[2/2]"]
+    assert lines == [*stages, "linking"]
+
+
+def test_beside_the_other_module(fake):
+    other = manifest.Module("trtllm", "0.6.13", (), fake.root, "", fake.root, None)
+    manifest.add(other)
+    run("--python", fake.python, "--tactics", "default", "--arch", "10.0a")
+    assert [each.name for each in manifest.read()] == ["trtllm-0.6.13", "cute_dsl-0.6.13"]
+
+
+# -------------------------------------------------------------------------------------- refusing
+
+
+@pytest.mark.parametrize("arch", ["9.0a", "10.0f", "sm_100a", ""])
+def test_archs(fake, arch):
+    code, out, err = run("--python", fake.python, "--arch", arch)
+    assert (code, out) == (2, "")
+    assert f"'{arch}' is no comma-separated list of 10.0a, 10.3a" in " ".join(err.split())
+    assert not fake.cache.exists()
+
+
+@pytest.mark.parametrize("lack", ["flashinfer-python", "nvidia-cutlass-dsl", "apache-tvm-ffi"])
+def test_a_package_is_not_there(fake, lack):
+    fake.remove(lack, "none")
+    code, out, err = run("--python", fake.python)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {fake.python} has no {lack}. Install: pip install torch==")
+    assert (fake.asked(), manifest.read()) == ([], ())
+
+
+def test_unknown_versions(fake):
+    fake.install("flashinfer-python", "0.7.2.post1")
+    code, _, err = run("--python", fake.python)
+    assert code == 1
+    assert "has flashinfer-python 0.7.2.post1, expected 0.6.13: the CuTe-DSL kernels'" in err
+    assert (fake.asked(), manifest.read()) == ([], ())
+
+
+def test_the_linker_is_not_there(fake, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    code, _, err = run("--python", fake.python, "--tactics", "default", "--arch", "10.0a")
+    assert code == 1
+    assert err.startswith("error: no-such-compiler cannot link a library")
+    assert manifest.read() == ()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("fail", "RuntimeError: no such arch"), ("die", "{} ended with -9")]
+)
+def test_a_failed_build(fake, monkeypatch, how, said):
+    """What was compiled until then is kept."""
+    monkeypatch.setenv("FAKE", how)
+    code, out, err = run("--python", fake.python, "--arch", "10.0a")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {said.format(fake.python)}\n")
+    assert f"The whole output is in {fake.cache / 'build-cute_dsl.log'}" in err
+    assert manifest.read() == ()
+    monkeypatch.delenv("FAKE")
+    assert run("--python", fake.python, "--arch", "10.0a")[0] == 0
+    assert compiled(fake) == functions("10.0a")  # each once
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.05)
+    return result
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_build(fake, monkeypatch, end):
+    """Nothing runs on; what is half written is not taken for whole."""
+    monkeypatch.setenv("FAKE", "hang")
+    arguments = ["build", "cute_dsl", "--python", str(fake.python), "--arch", "10.0a"]
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = f"{heed}; from jax_nvfp4_moe.cli import main; main({arguments})"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen([sys.executable, "-c", command], env=environment) as process:
+        pid = fake.root / "pid"
+        worker = int(wait_until(lambda: pid.exists() and pid.read_text()))
+        process.send_signal(end)
+        process.wait(30)
+
+    def gone():
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    wait_until(gone)
+    assert manifest.read() == ()
+    monkeypatch.delenv("FAKE")
+    assert run("--python", fake.python, "--arch", "10.0a")[0] == 0
+    assert compiled(fake) == functions("10.0a")
+    assert not (fake.cache / "cute_dsl" / "new").exists()
+
+
+def test_another_build_is_waited_for(fake):
+    """And what it compiled is taken."""
+    done = []
+
+    def one():
+        done.append(build_cute_dsl.build_cute_dsl(("10.0a",), python=fake.python))
+
+    threads = [threading.Thread(target=one) for _ in range(2)]
+    fake.cache.mkdir()
+    with build.locked(fake.cache):
+        for thread in threads:
+            thread.start()
+        time.sleep(1)
+        assert fake.asked() == []
+    for thread in threads:
+        thread.join()
+    assert compiled(fake) == functions("10.0a")
+    assert sorted(each.found is None for each in done) == [False, True]
+    assert done[0].module == done[1].module == manifest.read()[0]
+
+
+def test_the_runtime_is_gone(fake, monkeypatch):
+    monkeypatch.setattr(library, "register_module", lambda *_, **__: None)
+    run("--python", fake.python, "--tactics", "default", "--arch", "10.0a")
+    (module,) = manifest.read()
+    module.register()
+    fake.runtime.unlink()
+    again = "run `python -m jax_nvfp4_moe build cute_dsl` again"
+    with pytest.raises(FileNotFoundError, match=f"{fake.runtime}, which .* is gone: {again}"):
+        module.register()
+
+
+def test_kernels_that_are_not_where_they_were(fake):
+    write(fake.site / "flashinfer/fused_moe/cute_dsl/blackwell/__init__.py", "")
+    code, _, err = run("--python", fake.python)
+    assert code == 1
+    assert "has no attribute 'BlockScaledContiguousGatherGroupedGemmKernel'" in err
+    shutil.rmtree(fake.site / "flashinfer/fused_moe")
+    code, _, err = run("--python", fake.python)
+    assert code == 1
+    assert "blackwell/__init__.py, FlashInfer's CuTe-DSL kernels, is not there. Install" in err
+
+
+# ------------------------------------------------------------------------------ the real packages
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """All kernels for SM100, and FlashInfer's default ones for SM103."""
+    for name in ("flashinfer", "nvidia_cutlass_dsl", "tvm_ffi"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}")
+    if importlib.metadata.version("flashinfer-python") not in cute_dsl.VERSIONS:
+        pytest.skip(f"needs flashinfer-python {' or '.join(cute_dsl.VERSIONS)}")
+    cache = tmp_path_factory.mktemp("cache")
+    build_cute_dsl.build_cute_dsl(("10.3a",), tactics="default", cache=cache)
+    return build_cute_dsl.build_cute_dsl(("10.0a",), cache=cache), cache
+
+
+@pytest.mark.flashinfer
+def test_all_kernels_compile(real):
+    built, cache = real
+    for arch, tactics in (("10.0a", "all"), ("10.3a", "default")):
+        for name in functions(arch, tactics):
+            (ptx,) = (cache / "cute_dsl" / "objects").glob(f"{name}-*.ptx")
+            text = ptx.read_text()
+            assert f".target sm_{arch.replace('.', '')}" in text
+            group = 2 if "_t256_" in name else 1
+            mma = f"tcgen05.mma.cta_group::{group}.kind::mxf4nvf4.block_scale.block16"
+            assert mma in text, name
+            assert "griddepcontrol" not in text
+    print(f"{built.seconds} s")
+
+
+@pytest.mark.flashinfer
+def test_the_library_opens(real):
+    """Without a driver, and without CuTe-DSL's, FlashInfer's or torch's Python."""
+    built, _ = real
+    module = built.module
+    program = (
+        "import ctypes, sys; "
+        f"ctypes.CDLL({str(module.tvm_ffi)!r}); one = ctypes.CDLL({str(module.path)!r}); "
+        f"[getattr(one, '__tvm_ffi_' + name) for name in {module.functions!r}]; "
+        "one.cudaStreamBeginCapture; "  # what the bridge finds beside them
+        "assert not {'cutlass', 'torch', 'flashinfer', 'tvm_ffi'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+T, H, I, E, K, TILES = 5, 512, 256, 3, 2, 4  # noqa: E741
+M = TILES * 128
+GEMM1 = [
+    ("uint8", T, H // 2), ("uint8", E, 2 * I, H // 2), ("e4m3", T, H // 16),
+    ("e4m3", E, 2 * I, H // 16), ("float32", E), ("int32", TILES), ("int32", TILES), ("int32", M),
+    ("int32", 1), ("float32", 1), ("uint8", M, I // 2), ("e4m3", M, I // 16),
+]  # fmt: skip
+GEMM2 = [
+    ("uint8", M, I // 2), ("uint8", E, H, I // 2), ("e4m3", M, I // 16), ("e4m3", E, H, I // 16),
+    ("float32", E), ("int32", TILES), ("int32", TILES), ("int32", M), ("int32", 1),
+    ("float32", T, K), ("bfloat16", T, H),
+]  # fmt: skip
+FUNCTIONS = {"gemm1_t128_n128_sm100a": GEMM1, "gemm2_t128_n128_c1_sm100a": GEMM2}
+
+
+@pytest.mark.flashinfer
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_calls_that_fit_reach_the_driver(real, name):
+    """Which is not there: the error of the control for what the checks below refuse."""
+    if ctypes.util.find_library("cuda"):
+        pytest.skip("there is a driver")
+    kind, text = call_on_no_device(real[0].module, name, FUNCTIONS[name])
+    assert kind == "RuntimeError"
+    assert "cuda" in text.lower()
+    assert "Mismatched" not in text
+
+
+@pytest.mark.flashinfer
+@pytest.mark.parametrize(
+    ("name", "index", "tensor", "said"),
+    [
+        ("gemm1_t128_n128_sm100a", 2, ("uint8", T, H // 16), "float8_e4m3fn"),
+        ("gemm1_t128_n128_sm100a", 4, ("float32", E + 1), "alpha"),
+        ("gemm1_t128_n128_sm100a", 1, ("uint8", E, 2 * I + 64, H // 2), "w1"),
+        ("gemm1_t128_n128_sm100a", 7, ("int32", M - 64), "token_ids"),
+        ("gemm1_t128_n128_sm100a", 6, ("int32", TILES + 1), "tile_idx_to_mn_limit"),
+        ("gemm1_t128_n128_sm100a", 8, ("int32", 2), "num_non_exiting_tiles"),
+        ("gemm1_t128_n128_sm100a", 0, ("uint8", T, H // 2 - 64), "hidden_states"),
+        ("gemm2_t128_n128_c1_sm100a", 10, ("float32", T, H), "output"),
+        ("gemm2_t128_n128_c1_sm100a", 10, ("bfloat16", T + 1, H), "output"),
+        ("gemm2_t128_n128_c1_sm100a", 1, ("uint8", E, H + 64, I // 2), "w2"),
+        ("gemm2_t128_n128_c1_sm100a", 9, ("float32", T * K), "token_final_scales"),
+    ],
+)
+def test_calls_that_do_not_fit(real, name, index, tensor, said):
+    tensors = list(FUNCTIONS[name])
+    tensors[index] = tensor
+    kind, text = call_on_no_device(real[0].module, name, tensors)
+    assert kind in ("ValueError", "TypeError")
+    assert said in text
+
+
+@pytest.mark.flashinfer
+def test_too_few_arguments(real):
+    for name, tensors in FUNCTIONS.items():
+        kind, text = call_on_no_device(real[0].module, name, tensors[:-1])
+        assert (kind, f"Expects {len(tensors)} parameters" in text) == ("TypeError", True)
+
+
+@pytest.mark.flashinfer
+def test_alignment(real):
+    for offset, passes in ((16, False), (32, True)):
+        kind, text = call_on_no_device(real[0].module, "gemm1_t128_n128_sm100a", GEMM1, offset)
+        assert ("align" not in text) == passes, (kind, text)
