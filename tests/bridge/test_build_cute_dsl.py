@@ -298,7 +298,6 @@ def test_all_kernels_compile(real):
             group = 2 if "_t256_" in name else 1
             mma = f"tcgen05.mma.cta_group::{group}.kind::mxf4nvf4.block_scale.block16"
             assert mma in text, name
-            assert "griddepcontrol" not in text
     print(f"{built.seconds} s")
 
 
