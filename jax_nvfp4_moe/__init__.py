@@ -4,6 +4,7 @@ from jax_nvfp4_moe import checkpoint as checkpoint
 from jax_nvfp4_moe import parallel as parallel
 from jax_nvfp4_moe.activations import Activation as Activation
 from jax_nvfp4_moe.arrangement import prepare as prepare
+from jax_nvfp4_moe.bridge.cute_dsl import Tactic as Tactic
 from jax_nvfp4_moe.checkpoint import Checkpoint as Checkpoint
 from jax_nvfp4_moe.checkpoint import CheckpointError as CheckpointError
 from jax_nvfp4_moe.checkpoint import load_checkpoint as load_checkpoint
@@ -16,6 +17,7 @@ from jax_nvfp4_moe.format import dequantize as dequantize
 from jax_nvfp4_moe.format import pack as pack
 from jax_nvfp4_moe.format import quantize as quantize
 from jax_nvfp4_moe.format import unpack as unpack
+from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl as CuteDsl
 from jax_nvfp4_moe.layer import Mlp as Mlp
 from jax_nvfp4_moe.layer import MoeLayer as MoeLayer
 from jax_nvfp4_moe.layer import Router as Router

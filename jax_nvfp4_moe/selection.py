@@ -13,13 +13,14 @@ from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
 from jax_nvfp4_moe.implementations import emulation, trtllm
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
+from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl
 from jax_nvfp4_moe.routing import Routing, check_fits
 
 # In order of preference. None marks a name of the contract that this version does not carry.
 IMPLEMENTATIONS: MappingProxyType[str, Implementation | None] = MappingProxyType(
     {
         "trtllm": trtllm,
-        "cute_dsl": None,
+        "cute_dsl": CuteDsl(),
         "triton": None,
         "cpu": None,
         "emulation": emulation,
@@ -80,11 +81,11 @@ class Report:
         return "\n".join(lines)
 
 
-def select(implementation: str | None, problem: Problem) -> Implementation:
+def select(implementation: str | CuteDsl | None, problem: Problem) -> Implementation:
     """The implementation of a call.
 
     Args:
-        implementation: a name, or None for the first that can serve the problem.
+        implementation: a name, one with options, or None for the first that can serve the problem.
         problem: what is asked. Whether the implementation is to route by itself does not decide
             which is chosen: one that would be far slower may be able to.
 
@@ -96,8 +97,12 @@ def select(implementation: str | None, problem: Problem) -> Implementation:
     hint = "None chooses one that can"
     if implementation is None:
         implementation, hint = _first(dataclasses.replace(problem, routing=None)), ""
-    check_name("implementation", implementation, IMPLEMENTATIONS, "None or ")
-    module, reason = IMPLEMENTATIONS[implementation], _refusal(implementation, problem)
+    if isinstance(implementation, CuteDsl):
+        name, module = implementation.name, implementation
+    else:
+        check_name("implementation", implementation, IMPLEMENTATIONS, "None or ")
+        name, module = implementation, IMPLEMENTATIONS[implementation]
+    reason = _refusal(name, module, problem)
     if module is None or reason is not None:
         explained = f"implementation {implementation!r}: {reason}"
         raise NotImplementedError("; ".join(filter(None, (explained, hint))))
@@ -105,15 +110,14 @@ def select(implementation: str | None, problem: Problem) -> Implementation:
 
 
 def _first(problem: Problem) -> str:
-    refusals = {name: _refusal(name, problem) for name in IMPLEMENTATIONS}
+    refusals = {name: _refusal(name, each, problem) for name, each in IMPLEMENTATIONS.items()}
     for name, refusal in refusals.items():
         if refusal is None:
             return name
     raise ValueError(refusals["emulation"])
 
 
-def _refusal(name: str, problem: Problem) -> str | None:
-    module = IMPLEMENTATIONS[name]
+def _refusal(name: str, module: Implementation | None, problem: Problem) -> str | None:
     what, kinds = _NEEDS[name]
     if not any(kind in problem.device_kind.lower() for kind in kinds):
         return f"it needs {what}, and this is {problem.device_kind}"
@@ -181,7 +185,7 @@ def explain(
     chosen = select(None, problem)
     choices = []
     for name, module in IMPLEMENTATIONS.items():
-        refusal = _refusal(name, problem)
+        refusal = _refusal(name, module, problem)
         if module is not None and module is chosen:
             choices.append(Choice(name, True, module.describe(problem)))
         else:

@@ -34,22 +34,21 @@ LIBRARY = "cute_dsl_moe.so"
 def main() -> None:
     """Runs the command that `build_cute_dsl` gives."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--known", required=True, help="versions of flashinfer-python")
-    parser.add_argument("--functions", required=True, help="as in gemm1_t128_n128_sm100a")
+    parser.add_argument("--functions", required=True, help="JSON: names, by FlashInfer's version")
     parser.add_argument("--workspace", type=Path, required=True)
     args = parser.parse_args()
-    known, functions = args.known.split(","), args.functions.split(",")
-    run(lambda tell: make(known, functions, args.workspace, tell))
+    run(lambda tell: make(json.loads(args.functions), args.workspace, tell))
 
 
-def make(known: list[str], functions: list[str], workspace: Path, tell: Tell) -> dict[str, Any]:
+def make(functions: dict[str, list[str]], workspace: Path, tell: Tell) -> dict[str, Any]:
     """The library, and what the manifest wants to know of it."""
     begun = time.monotonic()
     found = versions((*REQUIRED, "torch"), required=REQUIRED)
-    check_version(found["flashinfer-python"], known)
+    check_version(found["flashinfer-python"], list(functions))
+    names = functions[found["flashinfer-python"]]
     objects = workspace / "objects"
     objects.mkdir(parents=True, exist_ok=True)
-    kept = {name: objects / f"{name}-{key(name, found)}.o" for name in functions}
+    kept = {name: objects / f"{name}-{key(name, found)}.o" for name in names}
     missing = {name: path for name, path in kept.items() if not path.exists()}
     if missing:
         tell(stage="importing CuTe-DSL and FlashInfer's kernels")
@@ -67,6 +66,7 @@ def make(known: list[str], functions: list[str], workspace: Path, tell: Tell) ->
     link(list(kept.values()), runtime, tvm_ffi, found["libcudart"], library)
     return {
         "library": library,
+        "functions": names,
         "built": bool(missing),
         "versions": found,
         "tvm_ffi": tvm_ffi,
@@ -135,7 +135,9 @@ def scratch(workspace: Path) -> Iterator[Path]:
 
 def compile_one(kernels: Any, classes: ModuleType, name: str, path: Path) -> None:
     """Compiles one function, and keeps its object and, to be looked at, its PTX."""
-    match = re.fullmatch(r"gemm([12])_t(\d+)_n(\d+)(?:_c(\d+))?_sm(\d+a)", name)
+    match = re.fullmatch(
+        r"gemm([12])_(?:silu|finalize)_static_t(\d+)_n(\d+)(?:_c(\d+))?_sm(\d+a)", name
+    )
     assert match is not None, name
     gemm, tile, n, cluster_n, arch = match.groups()
     begun = time.monotonic()

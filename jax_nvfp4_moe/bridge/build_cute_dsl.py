@@ -1,5 +1,6 @@
 """FlashInfer's CuTe-DSL kernels: `python -m jax_nvfp4_moe build cute_dsl`."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -37,11 +38,10 @@ def build_cute_dsl(
     cache.mkdir(parents=True, exist_ok=True)
     manifest.read(cache)  # Malformed is better known before than after.
     python = (python or Path(sys.executable)).absolute()
-    functions = tuple(each.function(arch) for arch in archs for each in cute_dsl.TACTICS[tactics])
+    functions = {each: cute_dsl.functions(each, tactics, archs) for each in cute_dsl.VERSIONS}
     command = [
         *(str(python), str(_WORKER)),
-        *("--known", ",".join(cute_dsl.VERSIONS)),
-        *("--functions", ",".join(functions)),
+        *("--functions", json.dumps(functions)),
         *("--workspace", str(cache / "cute_dsl")),
     ]
     with build.locked(cache), build.shown(progress) as show:
@@ -59,7 +59,7 @@ def build_cute_dsl(
             cubins=None,
             versions=result["versions"],
             needs=(Path(result["runtime"]),),
-            functions=functions,
+            functions=tuple(result["functions"]),
         )
         manifest.add(module, cache)
     return build.Build(module, None if result["built"] else library, round(result["seconds"], 1))

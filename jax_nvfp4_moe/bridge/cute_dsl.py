@@ -1,58 +1,160 @@
 """The functions of the CuTe-DSL module: their names, and their parameters in order.
 
 FlashInfer's kernel classes, behind `_cute_dsl_kernels`, compiled for one tiling and one GPU each.
-Their signatures differ between versions of FlashInfer.
+What they can compute differs between versions of FlashInfer.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Literal
 
-VERSIONS = ("0.6.13",)
+from jax_nvfp4_moe.bridge.call import Argument
+
 ARCHS = ("10.0a", "10.3a")
 
-GEMM1 = (
-    "hidden_states", "w1", "hidden_states_scale", "w1_scale", "alpha", "tile_idx_to_expert_idx",
-    "tile_idx_to_mn_limit", "token_ids", "num_non_exiting_tiles", "fc2_input_scale", "out",
-    "out_scale",
-)  # fmt: skip
-GEMM2 = (
-    "a", "w2", "a_scale", "w2_scale", "alpha", "tile_idx_to_expert_idx", "tile_idx_to_mn_limit",
-    "permuted_idx_to_expanded_idx", "num_non_exiting_tiles", "token_final_scales", "output",
-)  # fmt: skip
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What both grouped GEMMs compute beside products.
+
+    Attributes:
+        activation: after the first, the name of an `Activation`.
+        scheme: how rows are quantised before each, an activation scheme.
+        finalize: the second weights its rows and adds them to their tokens', in no certain order;
+            if not, it writes them, each slot's its own.
+    """
+
+    activation: str = "silu"
+    scheme: Literal["static", "per_token"] = "static"
+    finalize: bool = True
+
+
+# Those of each version of flashinfer-python, the newest last.
+VERSIONS: dict[str, tuple[Variant, ...]] = {
+    "0.6.13": (Variant(),),
+    "0.7.2.post1": tuple(
+        Variant(activation, scheme, finalize)
+        for activation in ("silu", "swiglu_oai", "gelu_tanh", "relu2")
+        for scheme in ("static", "per_token")
+        for finalize in (True, False)
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tactic:
-    """How one of the two grouped GEMMs is tiled, as FlashInfer's tuner has it.
+    """How both grouped GEMMs divide their work, which they have to agree on.
 
     Attributes:
-        gemm: 1 or 2.
-        tile: rows of a tile, all of one expert's: 128 or 256, the same in both GEMMs.
-        n: columns of a tile: 128 or 256.
-        cluster_n: neighbouring tiles of columns that share what they read: 1 or, in GEMM2, 2.
+        tile: rows of a tile, all of one expert's: 128 or 256.
+        gemm1_n: columns of a tile of the first: 128 or 256.
+        gemm2_n: of the second.
+        gemm2_cluster_n: how many of the second's tiles beside each other share what they read: 1
+            or 2.
     """
 
-    gemm: int
     tile: int = 128
-    n: int = 128
-    cluster_n: int = 1
+    gemm1_n: int = 128
+    gemm2_n: int = 128
+    gemm2_cluster_n: int = 1
 
-    def function(self, arch: str) -> str:
-        """The name that the module exports it by, as in "gemm1_t128_n128_sm100a".
-
-        Args:
-            arch: of `ARCHS`.
-        """
-        cluster = f"_c{self.cluster_n}" if self.gemm == 2 else ""
-        return f"gemm{self.gemm}_t{self.tile}_n{self.n}{cluster}_sm{arch.replace('.', '')}"
+    def fits(self, hidden_size: int, intermediate_size: int, *, gated: bool) -> bool:
+        """Whether padded sizes are whole tiles: 0.6.13 writes whole ones (flashinfer#3957)."""
+        columns = self.gemm2_n * self.gemm2_cluster_n
+        rows = (2 if gated else 1) * intermediate_size
+        return rows % self.gemm1_n == 0 and hidden_size % columns == 0
 
 
 _SIZES = (128, 256)
-# By what `build` calls them. The first are FlashInfer's own where nothing was tuned
+# By what `build` calls them. The first is FlashInfer's own where nothing was tuned
 # (flashinfer-python@0.6.13:fused_moe/cute_dsl/tuner.py:199-206).
 TACTICS = {
-    "default": (Tactic(1), Tactic(2)),
-    "all": (
-        *(Tactic(1, tile, n) for tile in _SIZES for n in _SIZES),
-        *(Tactic(2, tile, n, c) for tile in _SIZES for n in _SIZES for c in (1, 2)),
+    "default": (Tactic(),),
+    "all": tuple(
+        Tactic(tile, gemm1_n, gemm2_n, cluster_n)
+        for tile in _SIZES
+        for gemm1_n in _SIZES
+        for gemm2_n in _SIZES
+        for cluster_n in (1, 2)
     ),
 }
+
+
+def gemm1(variant: Variant, tactic: Tactic, arch: str) -> str:
+    """The name of the first GEMM's function, as in "gemm1_silu_static_t128_n128_sm100a".
+
+    Args:
+        variant: of those of its version.
+        tactic: one of `TACTICS`.
+        arch: of `ARCHS`.
+    """
+    tiling = f"t{tactic.tile}_n{tactic.gemm1_n}"
+    return f"gemm1_{variant.activation}_{variant.scheme}_{tiling}_{_gpu(arch)}"
+
+
+def gemm2(variant: Variant, tactic: Tactic, arch: str) -> str:
+    """The name of the second's, as in "gemm2_finalize_static_t128_n128_c1_sm100a".
+
+    Args:
+        variant: of those of its version.
+        tactic: one of `TACTICS`.
+        arch: of `ARCHS`.
+    """
+    what = "finalize" if variant.finalize else "rows"
+    tiling = f"t{tactic.tile}_n{tactic.gemm2_n}_c{tactic.gemm2_cluster_n}"
+    return f"gemm2_{what}_{variant.scheme}_{tiling}_{_gpu(arch)}"
+
+
+def _gpu(arch: str) -> str:
+    return f"sm{arch.replace('.', '')}"
+
+
+def functions(version: str, tactics: str, archs: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of all functions of a version that tactics need.
+
+    Args:
+        version: a key of `VERSIONS`.
+        tactics: a key of `TACTICS`.
+        archs: of `ARCHS`.
+    """
+    names = [
+        gemm(variant, tactic, arch)
+        for arch in archs
+        for gemm in (gemm1, gemm2)
+        for variant in VERSIONS[version]
+        for tactic in TACTICS[tactics]
+    ]
+    return tuple(dict.fromkeys(names))
+
+
+def gemm1_parameters(variant: Variant) -> tuple[str, ...]:
+    """Those of a first GEMM, in order."""
+    own = ("fc2_input_scale", "out", "out_scale")
+    if variant.scheme == "per_token":
+        own = ("per_token_scales", "out")
+    return (
+        "hidden_states", "w1", "hidden_states_scale", "w1_scale", "alpha", "tile_idx_to_expert_idx",
+        "tile_idx_to_mn_limit", "token_ids", "num_non_exiting_tiles", *own,
+    )  # fmt: skip
+
+
+def gemm2_parameters(variant: Variant) -> tuple[str, ...]:
+    """Those of a second."""
+    own = ("per_row_scales",) if variant.scheme == "per_token" else ()
+    return (
+        "a", "w2", "a_scale", "w2_scale", "alpha", "tile_idx_to_expert_idx",
+        "tile_idx_to_mn_limit", "permuted_idx_to_expanded_idx", "num_non_exiting_tiles",
+        "token_final_scales", *own, "output",
+    )  # fmt: skip
+
+
+def ordered(parameters: tuple[str, ...], values: Mapping[str, Argument]) -> dict[str, Argument]:
+    """Arguments in the order of a function's parameters.
+
+    Raises:
+        TypeError: there is one too many or too few.
+    """
+    if set(values) != set(parameters):
+        wrong = ", ".join(sorted(set(values) ^ set(parameters)))
+        raise TypeError(f"{wrong}: expected {', '.join(parameters)}")
+    return {name: values[name] for name in parameters}

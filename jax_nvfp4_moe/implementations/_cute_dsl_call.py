@@ -1,62 +1,65 @@
-"""What FlashInfer's two CuTe-DSL kernels are given: a gather GEMM with SwiGLU, a GEMM that adds up.
+"""What FlashInfer's two CuTe-DSL kernels are given: a gather GEMM with its activation, a GEMM.
 
 Tokens are quantised and sorted here. The first kernel gathers them, multiplies, activates and
 quantises again; the second multiplies, scales each row by its token's weight, and adds it to the
-token's output. (flashinfer-python 0.6.13: fused_moe/cute_dsl/fused_moe.py, lines 192-307.)
+token's output. (flashinfer-python 0.6.13: fused_moe/cute_dsl/fused_moe.py, lines 192-307; 0.7.2:
+lines 360-890.) Where each row has a scale of its own the first writes bfloat16, which is quantised
+here; where the order of the sum is to be certain the second writes its rows, which are added here.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe.arrangement import prepare
+from jax_nvfp4_moe.bridge import cute_dsl
 from jax_nvfp4_moe.bridge.call import Argument, InOut, Output
 from jax_nvfp4_moe.bridge.call import call as bridge_call
 from jax_nvfp4_moe.experts import ExpertWeights
-from jax_nvfp4_moe.format import BLOCK_SIZE, quantize, reciprocal
+from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array, quantize, reciprocal, scale_for
 from jax_nvfp4_moe.implementations._cute_dsl_sort import Permutation, moe_sort
+from jax_nvfp4_moe.implementations._native import run_kernels
 from jax_nvfp4_moe.implementations._recipes import Recipe
 from jax_nvfp4_moe.implementations.base import Call
-from jax_nvfp4_moe.implementations.emulation import local_ids
+from jax_nvfp4_moe.layouts import swizzle_scales
 
 
 @dataclasses.dataclass(frozen=True)
-class Tactic:
-    """How both kernels divide their work, which they have to agree on.
+class Callee:
+    """Whose functions are called.
 
     Attributes:
-        tile: rows of a tile, 128 or 256.
-        gemm1_columns: of a tile of the first kernel, 128 or 256.
-        gemm2_columns: of the second.
-        gemm2_cluster: how many of the second's tiles beside each other work together, 1 or 2.
+        module: the name under which the bridge knows the module that has them.
+        arch: which of its functions: those compiled for this, as in "10.0a".
+        variant: likewise, those that compute this; it fits the call and the experts.
+        tactic: likewise; its tiles fit the experts' padded sizes.
     """
 
-    tile: int = 128
-    gemm1_columns: int = 128
-    gemm2_columns: int = 128
-    gemm2_cluster: int = 1
+    module: str
+    arch: str
+    variant: cute_dsl.Variant
+    tactic: cute_dsl.Tactic
 
     @property
-    def gemm1(self) -> str:
-        """The first kernel's name."""
-        return f"gemm1_t{self.tile}_n{self.gemm1_columns}"
+    def functions(self) -> tuple[str, str]:
+        """The names of both."""
+        key = self.variant, self.tactic, self.arch
+        return cute_dsl.gemm1(*key), cute_dsl.gemm2(*key)
 
-    @property
-    def gemm2(self) -> str:
-        """The second kernel's name."""
-        return f"gemm2_t{self.tile}_n{self.gemm2_columns}_c{self.gemm2_cluster}"
+    def gemm1(self, **values: Argument) -> tuple[Array, ...]:
+        """What the first GEMM writes, of its arguments."""
+        arguments = cute_dsl.ordered(cute_dsl.gemm1_parameters(self.variant), values)
+        return bridge_call(self.module, self.functions[0], arguments, workspace=0)
 
-    def fits(self, hidden_size: int, intermediate_size: int) -> bool:
-        """Whether padded sizes are whole tiles: the kernels write whole ones (flashinfer#3957)."""
-        columns = self.gemm2_columns * self.gemm2_cluster
-        return 2 * intermediate_size % self.gemm1_columns == 0 and hidden_size % columns == 0
+    def gemm2(self, **values: Argument) -> tuple[Array, ...]:
+        """What the second writes."""
+        arguments = cute_dsl.ordered(cute_dsl.gemm2_parameters(self.variant), values)
+        return bridge_call(self.module, self.functions[1], arguments, workspace=0)
 
 
 def run_on(
-    module: str,
-    tactic: Tactic,
+    callee: Callee,
     call: Call,
     x: Float[Array, "T H"],
     topk_ids: Int32[Array, "T K"],
@@ -66,65 +69,136 @@ def run_on(
     """The layer's output.
 
     Args:
-        module: the name under which the bridge knows the kernels' module.
-        tactic: one that fits the experts' padded sizes.
+        callee: whose functions are called.
         call: what is computed.
         x: tokens.
         topk_ids: of all experts.
         topk_weights: their weights.
         experts: those of this device; in another layout than "cute_dsl" they are rearranged here.
     """
-    if len(x) == 0:
-        return jnp.zeros(x.shape, call.output_dtype)
-    experts = prepare(experts, "cute_dsl")
-    recipe = Recipe(call, experts.activation_scheme, x.dtype)
-    values = recipe.input_values(x, topk_weights)
-    if call.router_weight_on_input:
-        topk_weights = jnp.ones_like(topk_weights)
-    values = jnp.pad(values, ((0, 0), (0, experts.w2.shape[-2] - x.shape[1])))
-    input_scale, hidden_scale = recipe.input_scale(experts), recipe.hidden_scale(experts)
-    assert input_scale is not None and hidden_scale is not None  # unsupported
-    rows = quantize(values, input_scale)
-    ids = local_ids(call, topk_ids, experts)
-    permutation = moe_sort(ids, experts.num_experts, tactic.tile)
-    top_k = topk_ids.shape[1]
-    hidden, hidden_block_scale = bridge_call(
-        module,
-        tactic.gemm1,
-        {
-            "hidden_states": rows.data,
-            "gemm1_weights": experts.w13.data,
-            "hidden_states_scale": rows.scale,
-            "gemm1_weights_scale": experts.w13.scale,
-            "gemm1_alpha": _gate_and_up(experts) * input_scale,
-            **_tiles(permutation),
+    layer = _Layer(callee, call, prepare(experts, "cute_dsl"))
+    return run_kernels(layer.run, call, x, topk_ids, topk_weights, experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A call's parts.
+
+    Attributes:
+        callee: whose functions are called.
+        call: what is computed.
+        experts: in the layout "cute_dsl".
+    """
+
+    callee: Callee
+    call: Call
+    experts: ExpertWeights
+
+    @property
+    def own_scales(self) -> bool:
+        """Whether each row has its own, beside which that of all is 1."""
+        return self.experts.activation_scheme == "per_token"
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.call, self.experts.activation_scheme, jnp.dtype(jnp.bfloat16))
+
+    def run(
+        self,
+        values: Float32[Array, "T H"],
+        ids: Int32[Array, "T K"],
+        weights: Float32[Array, "T K"],
+    ) -> Float[Array, "T H"]:
+        """The experts' output for tokens; ids are this device's."""
+        if ids.size == 0:  # no tile, which both kernels divide by
+            return jnp.zeros_like(values)
+        experts = self.experts
+        padding = experts.w2.shape[-2] - experts.hidden_size
+        values = jnp.pad(values, ((0, 0), (0, padding)))
+        permutation = moe_sort(ids, experts.num_experts, self.callee.tactic.tile)
+        y = self._second(*self._first(values, permutation, ids.shape[1]), permutation, weights)
+        if not self.callee.variant.finalize:
+            # Rows of others' experts were not written.
+            here = (ids >= 0) & (ids < experts.num_experts)
+            rows = jnp.where(here[..., None], y.reshape(*ids.shape, -1), 0)
+            y = self.recipe.combine(rows.astype(jnp.float32), weights)
+        return y[:, : experts.hidden_size]
+
+    def _first(
+        self, values: Float32[Array, "T H"], permutation: Permutation, top_k: int
+    ) -> tuple[Nvfp4Array, Float32[Array, " M"] | None]:
+        """The second GEMM's operand, its scales swizzled; and its rows' scales, if any."""
+        experts = self.experts
+        rows = permutation.permuted_idx_to_expanded_idx.size
+        columns = experts.w2.shape[-1]
+        scale = scale_for(jnp.max(jnp.abs(values), axis=-1)) if self.own_scales else None
+        input_scale = self.recipe.input_scale(experts) if scale is None else jnp.float32(1)
+        assert input_scale is not None  # unsupported
+        x = quantize(values, input_scale if scale is None else scale)
+        common: dict[str, Argument] = {
+            "hidden_states": x.data,
+            "hidden_states_scale": x.scale,
+            "w1": experts.w13.data,
+            "w1_scale": experts.w13.scale,
+            "alpha": _gate_and_up(experts) * input_scale,
+            "tile_idx_to_expert_idx": permutation.tile_idx_to_expert_idx,
+            "tile_idx_to_mn_limit": permutation.tile_idx_to_mn_limit,
             # Of rows without a pair the kernel reads a token too, and throws the row away.
             "token_ids": jnp.maximum(permutation.permuted_idx_to_expanded_idx, 0) // top_k,
-            "norm_const": reciprocal(hidden_scale).reshape(1),
-            **_hidden(permutation, experts.w2.shape[-1]),
-        },
-        workspace=0,
-    )
-    (y,) = bridge_call(
-        module,
-        tactic.gemm2,
-        {
-            "hidden": hidden,
-            "gemm2_weights": experts.w2.data,
-            "hidden_scale": hidden_block_scale,
-            "gemm2_weights_scale": experts.w2.scale,
-            "gemm2_alpha": experts.w2.global_scale * hidden_scale,
-            **_tiles(permutation),
-            "permuted_idx_to_expanded_idx": permutation.permuted_idx_to_expanded_idx,
-            "token_final_scales": topk_weights,
-            "output": InOut(jnp.zeros(values.shape, jnp.bfloat16)),
-        },
-        workspace=0,
-    )
-    y = y[:, : x.shape[1]]
-    if call.axis_name is not None:
-        y = lax.psum(y.astype(jnp.float32), call.axis_name)
-    return y.astype(call.output_dtype)
+            "num_non_exiting_tiles": permutation.num_non_exiting_tiles,
+        }
+        if scale is not None:
+            out = Output((rows, columns), jnp.bfloat16)
+            (hidden,) = self.callee.gemm1(**common, per_token_scales=scale, out=out)
+            hidden = hidden.astype(jnp.float32)
+            scale = scale_for(jnp.max(jnp.abs(hidden), axis=-1))
+            hidden = quantize(hidden, scale)
+            return dataclasses.replace(hidden, scale=swizzle_scales(hidden.scale)), scale
+        hidden_scale = self.recipe.hidden_scale(experts)
+        assert hidden_scale is not None  # unsupported
+        hidden, block_scale = self.callee.gemm1(
+            **common,
+            fc2_input_scale=reciprocal(hidden_scale).reshape(1),
+            out=Output((rows, columns // 2), jnp.uint8),
+            # In tiles of 128 rows and 4 columns.
+            out_scale=Output((rows, columns // BLOCK_SIZE), jnp.float8_e4m3fn),
+        )
+        return Nvfp4Array(hidden, block_scale, hidden_scale), None
+
+    def _second(
+        self,
+        hidden: Nvfp4Array,
+        row_scale: Float32[Array, " M"] | None,
+        permutation: Permutation,
+        weights: Float32[Array, "T K"],
+    ) -> Array:
+        """The output [T, H], or rows [T * K, H]."""
+        experts = self.experts
+        columns = experts.w2.shape[-2]
+        own: dict[str, Argument] = {}
+        if row_scale is not None:
+            own = {"per_row_scales": row_scale}
+        alpha = experts.w2.global_scale
+        (y,) = self.callee.gemm2(
+            a=hidden.data,
+            a_scale=hidden.scale,
+            w2=experts.w2.data,
+            w2_scale=experts.w2.scale,
+            alpha=alpha if row_scale is not None else alpha * hidden.global_scale,
+            tile_idx_to_expert_idx=permutation.tile_idx_to_expert_idx,
+            tile_idx_to_mn_limit=permutation.tile_idx_to_mn_limit,
+            permuted_idx_to_expanded_idx=permutation.permuted_idx_to_expanded_idx,
+            num_non_exiting_tiles=permutation.num_non_exiting_tiles,
+            token_final_scales=weights,
+            output=(
+                # The kernel adds to what is there.
+                InOut(jnp.zeros((len(weights), columns), jnp.bfloat16))
+                if self.callee.variant.finalize
+                else Output((weights.size, columns), jnp.bfloat16)
+            ),
+            **own,
+        )
+        return y
 
 
 def _gate_and_up(experts: ExpertWeights) -> Float32[Array, " E"]:
@@ -132,21 +206,3 @@ def _gate_and_up(experts: ExpertWeights) -> Float32[Array, " E"]:
     scale = experts.w13.global_scale
     # Inside jit nobody can be told: a result of NaN is seen, one of wrong numbers is not.
     return jnp.where(scale[:, 0] == scale[:, -1], scale[:, 0], jnp.nan)
-
-
-def _tiles(permutation: Permutation) -> dict[str, Argument]:
-    return {
-        "tile_idx_to_expert_idx": permutation.tile_idx_to_expert_idx,
-        "tile_idx_to_mn_limit": permutation.tile_idx_to_mn_limit,
-        "num_non_exiting_tiles": permutation.num_non_exiting_tiles,
-    }
-
-
-def _hidden(permutation: Permutation, intermediate_size: int) -> dict[str, Argument]:
-    """GEMM2's operand: codes, and scales in tiles of 128 rows and 4 columns."""
-    rows = permutation.permuted_idx_to_expanded_idx.size
-    columns = intermediate_size // BLOCK_SIZE
-    return {
-        "hidden": Output((rows, intermediate_size // 2), jnp.uint8),
-        "hidden_scale": Output((rows, columns), jnp.float8_e4m3fn),
-    }

@@ -41,17 +41,14 @@ def not_built(kind: str, versions: Sequence[str], device_kind: str) -> str | Non
     return None
 
 
-def ready(kind: str, versions: Sequence[str]) -> manifest.Module:
-    """The module for the device that is being traced for, known to the bridge; there is one.
+def make_ready(module: manifest.Module) -> None:
+    """Lets programs for CUDA call a module.
 
     Raises:
         OSError, ValueError: as `Module.register`.
     """
-    module = module_for(kind, versions, devices.current_kind())
-    assert module is not None  # not_built
     module.register()
     library.register_targets("cuda")
-    return module
 
 
 def first_that_holds(*reasons: tuple[bool, str]) -> str | None:

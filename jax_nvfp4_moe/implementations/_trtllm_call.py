@@ -8,9 +8,9 @@ what would read or write out of bounds is refused, or made right, before the cal
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe.arrangement import prepare
@@ -19,13 +19,13 @@ from jax_nvfp4_moe.bridge.call import Argument, Output
 from jax_nvfp4_moe.bridge.call import call as bridge_call
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.format import quantize, scale_for
+from jax_nvfp4_moe.implementations._native import run_kernels
 from jax_nvfp4_moe.implementations._recipes import Recipe
 from jax_nvfp4_moe.implementations._trtllm_checks import check_arguments
 from jax_nvfp4_moe.implementations._trtllm_routing import from_logits, packed, padded_experts
 from jax_nvfp4_moe.implementations._trtllm_sizes import max_tokens, workspace_bytes
 from jax_nvfp4_moe.implementations._trtllm_weights import weight_arguments
 from jax_nvfp4_moe.implementations.base import Call
-from jax_nvfp4_moe.implementations.emulation import local_ids
 from jax_nvfp4_moe.routing import Routing
 
 FUNCTION = "trtllm_fp4_block_scale_moe"
@@ -62,22 +62,14 @@ def run_on(
         topk_weights: their weights.
         experts: those of this device; in another layout than "trtllm" they are rearranged here.
     """
-    values = Recipe(call, experts.activation_scheme, x.dtype).input_values(x, topk_weights)
-    if call.router_weight_on_input:
-        topk_weights = jnp.ones_like(topk_weights)
-    ids = local_ids(call, topk_ids, experts)
+    limit = max_tokens(topk_ids.shape[1], padded_experts(experts.num_experts))
     launch = _launcher(callee, call, experts)
-    limit = max_tokens(ids.shape[1], padded_experts(experts.num_experts))
-    y = _in_parts(
-        lambda values, ids, weights: launch(values, packed(ids, weights, experts.num_experts)),
-        limit,
-        values,
-        ids,
-        topk_weights,
-    )
-    if call.axis_name is not None:
-        y = lax.psum(y.astype(jnp.float32), call.axis_name)
-    return y.astype(call.output_dtype)
+
+    def routed(values: Array, ids: Array, weights: Array) -> Array:
+        return launch(values, packed(ids, weights, experts.num_experts))
+
+    kernels = partial(_in_parts, routed, limit)
+    return run_kernels(kernels, call, x, topk_ids, topk_weights, experts)
 
 
 def run_from_logits_on(

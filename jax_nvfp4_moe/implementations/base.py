@@ -56,7 +56,10 @@ class Problem:
 class Implementation(Protocol):
     """One way to compute a call. Modules of this package provide one each."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What `implementation` calls it."""
+        ...
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this implementation cannot serve the problem, or None if it can."""

@@ -10,15 +10,16 @@ from functools import partial
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from jax_nvfp4_moe import devices
 from jax_nvfp4_moe.bridge import flashinfer
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.implementations import emulation
 from jax_nvfp4_moe.implementations._grouping import expected_hits
 from jax_nvfp4_moe.implementations._modules import (
     first_that_holds,
+    make_ready,
     module_for,
     not_built,
-    ready,
 )
 from jax_nvfp4_moe.implementations._trtllm_call import (
     FUNCTION,
@@ -172,5 +173,7 @@ def run_from_logits(
 
 def _callee() -> Callee:
     """FlashInfer's function for the device that is being traced for."""
-    module = ready(name, _VERSIONS)
+    module = module_for(name, _VERSIONS, devices.current_kind())
+    assert module is not None  # unsupported
+    make_ready(module)
     return Callee(module.name, module.version)

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jax_nvfp4_moe.bridge import library
+from jax_nvfp4_moe.bridge import cute_dsl, library
 from tests.bridge.host import CPU, present_host_as
 
 HERE = Path(__file__).parent
@@ -56,6 +56,11 @@ def tvm_ffi():
     return folder
 
 
+def gemms(version):
+    """The names of all functions of CuTe-DSL's module for SM100."""
+    return cute_dsl.functions(version, "all", ("10.0a",))
+
+
 @pytest.fixture(scope="session")
 def built(tvm_ffi, tmp_path_factory):
     """The module's path; images stand beside it."""
@@ -63,7 +68,9 @@ def built(tvm_ffi, tmp_path_factory):
         pytest.skip("needs a C++ compiler, g++")
     folder = tmp_path_factory.mktemp("fake_module")
     path = folder / "libfake.so"
-    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden"]
+    names = [each for version in cute_dsl.VERSIONS for each in gemms(version)]
+    (folder / "gemms.inc").write_text("".join(f"GEMM({name})\n" for name in dict.fromkeys(names)))
+    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden", f"-I{folder}"]
     subprocess.run(
         [compiler, *flags, "-isystem", str(tvm_ffi / "include"), "-o", str(path),
          str(HERE / "fake_module.cc"), "-ldl"],

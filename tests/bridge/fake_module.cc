@@ -135,15 +135,13 @@ EXPORTED int __tvm_ffi_trtllm_fp4_block_scale_moe(void*, const TVMFFIAny*, int32
   return 0;
 }
 
-EXPORTED int __tvm_ffi_gemm1_t128_n128(void*, const TVMFFIAny*, int32_t count, TVMFFIAny*) {
-  Write("gemm1_t128_n128 of " + std::to_string(count));
-  return 0;
-}
-
-EXPORTED int __tvm_ffi_gemm2_t128_n128_c1(void*, const TVMFFIAny*, int32_t count, TVMFFIAny*) {
-  Write("gemm2_t128_n128_c1 of " + std::to_string(count));
-  return 0;
-}
+#define GEMM(name)                                                                    \
+  EXPORTED int __tvm_ffi_##name(void*, const TVMFFIAny*, int32_t count, TVMFFIAny*) { \
+    Write(#name " of " + std::to_string(count));                                      \
+    return 0;                                                                         \
+  }
+#include "gemms.inc"  // the names of CuTe-DSL's
+#undef GEMM
 
 // (..., sizes, y): allocates tensors of that many bytes, releases them, and is counted.
 EXPORTED int __tvm_ffi_busy(void*, const TVMFFIAny* args, int32_t count, TVMFFIAny*) {

@@ -18,6 +18,7 @@ import click.testing
 import pytest
 
 from jax_nvfp4_moe.bridge import build, build_cute_dsl, cute_dsl, library, manifest
+from jax_nvfp4_moe.bridge.cute_dsl import Variant
 from jax_nvfp4_moe.cli import main
 from tests.bridge.device_tensors import call_on_no_device
 from tests.bridge.fake_cute_dsl import Environment
@@ -47,15 +48,18 @@ def compiled(fake):
 
 
 def functions(arch, tactics="all"):
-    return [each.function(arch) for each in cute_dsl.TACTICS[tactics]]
+    return list(cute_dsl.functions("0.6.13", tactics, (arch,)))
 
 
 def test_names():
-    assert functions("10.3a", "default") == ["gemm1_t128_n128_sm103a", "gemm2_t128_n128_c1_sm103a"]
+    assert functions("10.3a", "default") == [
+        "gemm1_silu_static_t128_n128_sm103a",
+        "gemm2_finalize_static_t128_n128_c1_sm103a",
+    ]
     names = functions("10.0a")
     assert len(set(names)) == len(names) == 12
-    assert names[3] == "gemm1_t256_n256_sm100a"
-    assert names[-1] == "gemm2_t256_n256_c2_sm100a"
+    assert names[3] == "gemm1_silu_static_t256_n256_sm100a"
+    assert names[-1] == "gemm2_finalize_static_t256_n256_c2_sm100a"
 
 
 def test_builds(fake):
@@ -91,18 +95,18 @@ def test_what_is_compiled(fake):
     """Tilings, clusters and the sizes that the generated checks hold calls to."""
     run("--python", fake.python, "--arch", "100a")
     by_name = {each["name"]: each for each in fake.asked()}
-    gemm1 = by_name["gemm1_t256_n128_sm100a"]
+    gemm1 = by_name["gemm1_silu_static_t256_n128_sm100a"]
     assert (gemm1["mma_tiler_mn"], gemm1["cluster_shape_mn"]) == ([256, 128], [2, 1])
     assert (gemm1["topk"], gemm1["sf_vec_size"], gemm1["enable_pdl"]) == (1, 16, False)
     assert gemm1["options"].startswith("--enable-tvm-ffi --gpu-arch sm_100a --keep-ptx")
     assert gemm1["arguments"][1] == ["uint8", ["E/1", "2I/128", "H/2/128"], 32]
     assert gemm1["arguments"][2] == ["e4m3", ["T/1", "H/16/16"], 16]
-    assert len(gemm1["arguments"]) == len(cute_dsl.GEMM1) + 1  # the stream
-    gemm2 = by_name["gemm2_t128_n256_c2_sm100a"]
+    assert len(gemm1["arguments"]) == len(cute_dsl.gemm1_parameters(Variant())) + 1  # the stream
+    gemm2 = by_name["gemm2_finalize_static_t128_n256_c2_sm100a"]
     assert (gemm2["mma_tiler_mn"], gemm2["cluster_shape_mn"]) == ([128, 256], [1, 2])
     assert (gemm2["use_blkred"], gemm2["enable_pdl"]) == (True, False)
     assert gemm2["arguments"][1] == ["uint8", ["E/1", "H/512", "I/2/32"], 32]
-    assert len(gemm2["arguments"]) == len(cute_dsl.GEMM2) + 1
+    assert len(gemm2["arguments"]) == len(cute_dsl.gemm2_parameters(Variant())) + 1
 
 
 def test_again_compiles_nothing(fake):
@@ -160,10 +164,10 @@ def test_a_package_is_not_there(fake, lack):
 
 
 def test_unknown_versions(fake):
-    fake.install("flashinfer-python", "0.7.2.post1")
+    fake.install("flashinfer-python", "0.7.3")
     code, _, err = run("--python", fake.python)
     assert code == 1
-    assert "has flashinfer-python 0.7.2.post1, expected 0.6.13: the CuTe-DSL kernels'" in err
+    assert "has flashinfer-python 0.7.3, expected 0.6.13 or 0.7.2.post1: the" in err
     assert (fake.asked(), manifest.read()) == ([], ())
 
 
@@ -328,7 +332,10 @@ GEMM2 = [
     ("float32", E), ("int32", TILES), ("int32", TILES), ("int32", M), ("int32", 1),
     ("float32", T, K), ("bfloat16", T, H),
 ]  # fmt: skip
-FUNCTIONS = {"gemm1_t128_n128_sm100a": GEMM1, "gemm2_t128_n128_c1_sm100a": GEMM2}
+FUNCTIONS = {
+    "gemm1_silu_static_t128_n128_sm100a": GEMM1,
+    "gemm2_finalize_static_t128_n128_c1_sm100a": GEMM2,
+}
 
 
 @pytest.mark.flashinfer
@@ -347,17 +354,17 @@ def test_calls_that_fit_reach_the_driver(real, name):
 @pytest.mark.parametrize(
     ("name", "index", "tensor", "said"),
     [
-        ("gemm1_t128_n128_sm100a", 2, ("uint8", T, H // 16), "float8_e4m3fn"),
-        ("gemm1_t128_n128_sm100a", 4, ("float32", E + 1), "alpha"),
-        ("gemm1_t128_n128_sm100a", 1, ("uint8", E, 2 * I + 64, H // 2), "w1"),
-        ("gemm1_t128_n128_sm100a", 7, ("int32", M - 64), "token_ids"),
-        ("gemm1_t128_n128_sm100a", 6, ("int32", TILES + 1), "tile_idx_to_mn_limit"),
-        ("gemm1_t128_n128_sm100a", 8, ("int32", 2), "num_non_exiting_tiles"),
-        ("gemm1_t128_n128_sm100a", 0, ("uint8", T, H // 2 - 64), "hidden_states"),
-        ("gemm2_t128_n128_c1_sm100a", 10, ("float32", T, H), "output"),
-        ("gemm2_t128_n128_c1_sm100a", 10, ("bfloat16", T + 1, H), "output"),
-        ("gemm2_t128_n128_c1_sm100a", 1, ("uint8", E, H + 64, I // 2), "w2"),
-        ("gemm2_t128_n128_c1_sm100a", 9, ("float32", T * K), "token_final_scales"),
+        ("gemm1_silu_static_t128_n128_sm100a", 2, ("uint8", T, H // 16), "float8_e4m3fn"),
+        ("gemm1_silu_static_t128_n128_sm100a", 4, ("float32", E + 1), "alpha"),
+        ("gemm1_silu_static_t128_n128_sm100a", 1, ("uint8", E, 2 * I + 64, H // 2), "w1"),
+        ("gemm1_silu_static_t128_n128_sm100a", 7, ("int32", M - 64), "token_ids"),
+        ("gemm1_silu_static_t128_n128_sm100a", 6, ("int32", TILES + 1), "tile_idx_to_mn_limit"),
+        ("gemm1_silu_static_t128_n128_sm100a", 8, ("int32", 2), "num_non_exiting_tiles"),
+        ("gemm1_silu_static_t128_n128_sm100a", 0, ("uint8", T, H // 2 - 64), "hidden_states"),
+        ("gemm2_finalize_static_t128_n128_c1_sm100a", 10, ("float32", T, H), "output"),
+        ("gemm2_finalize_static_t128_n128_c1_sm100a", 10, ("bfloat16", T + 1, H), "output"),
+        ("gemm2_finalize_static_t128_n128_c1_sm100a", 1, ("uint8", E, H + 64, I // 2), "w2"),
+        ("gemm2_finalize_static_t128_n128_c1_sm100a", 9, ("float32", T * K), "token_final_scales"),
     ],
 )
 def test_calls_that_do_not_fit(real, name, index, tensor, said):
@@ -378,5 +385,7 @@ def test_too_few_arguments(real):
 @pytest.mark.flashinfer
 def test_alignment(real):
     for offset, passes in ((16, False), (32, True)):
-        kind, text = call_on_no_device(real[0].module, "gemm1_t128_n128_sm100a", GEMM1, offset)
+        kind, text = call_on_no_device(
+            real[0].module, "gemm1_silu_static_t128_n128_sm100a", GEMM1, offset
+        )
         assert ("align" not in text) == passes, (kind, text)

@@ -66,14 +66,12 @@ def values(data: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def stored_weights(
-    buffers: Buffers, gemm: str, experts: int, rows: int, columns: int
+    data: np.ndarray, scale: np.ndarray, experts: int, rows: int, columns: int
 ) -> np.ndarray:
     """A GEMM's weights [E, rows, columns] in the order of their rows in memory."""
-    data = buffers[f"{gemm}_weights"].reshape(experts, rows, columns // 2)
-    r, j = np.meshgrid(np.arange(rows), np.arange(columns // 16), indexing="ij")
-    tile = r // 128 * (columns // 64) + j // 4
-    at = tile * 512 + r % 32 * 16 + r % 128 // 32 * 4 + j % 4
-    return values(data, buffers[f"{gemm}_weights_scale"].reshape(experts, -1)[:, at])
+    data = data.reshape(experts, rows, columns // 2)
+    at = np.stack([scale_places(row, columns) for row in range(rows)])
+    return values(data, scale.reshape(experts, -1)[:, at])
 
 
 def _weights(
@@ -81,7 +79,8 @@ def _weights(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A GEMM's weights [E, rows, columns] and biases [E, rows], their rows in order."""
     weights, bias = np.empty((experts, rows, columns)), np.zeros((experts, rows))
-    weights[:, _source(rows)] = stored_weights(buffers, gemm, experts, rows, columns)
+    data, scale = buffers[f"{gemm}_weights"], buffers[f"{gemm}_weights_scale"]
+    weights[:, _source(rows)] = stored_weights(data, scale, experts, rows, columns)
     if f"{gemm}_bias" in buffers:
         bias[:, _source(rows)] = buffers[f"{gemm}_bias"].reshape(experts, rows)
     return weights, bias
@@ -106,14 +105,27 @@ def _activated(buffers: Buffers, expert: int, sums: np.ndarray, activation: str)
         return up * gate / (1 + np.exp(-number("gemm1_alpha", 1) * gate))
 
 
+def scale_places(row: int, columns: int) -> np.ndarray:
+    """Where a row's scales [columns / 16] lie in tiles of 128 rows and 4 columns."""
+    j = np.arange(columns // 16)
+    tile = row // 128 * (columns // 64) + j // 4
+    return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + j % 4
+
+
+def quantised(row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A row's codes [I / 2] and its blocks' scales [I / 16]."""
+    blocks = row.reshape(-1, 16)
+    scale = np.minimum(np.abs(blocks).max(-1, keepdims=True) / 6, 448).astype(jnp.float8_e4m3fn)
+    wide = scale.astype(np.float64)
+    steps = np.asarray(jnp.asarray(blocks / np.where(wide == 0, 1, wide), jnp.float4_e2m1fn))
+    codes = steps.astype(np.float64).reshape(-1)
+    codes = np.searchsorted(_E2M1[:8], np.abs(codes)) + 8 * (codes < 0)
+    return (codes[0::2] | codes[1::2] << 4).astype(np.uint8), scale.reshape(-1)
+
+
 def requantised(row: np.ndarray, per_token: bool) -> np.ndarray:
     row_scale = 1.0
     if per_token:  # in a pass of its own, from bfloat16
         row = row.astype(jnp.bfloat16).astype(np.float64)
         row_scale = float(np.abs(row).max()) / 2688 or 1.0
-    blocks = (row / row_scale).reshape(-1, 16)
-    scale = np.minimum(np.abs(blocks).max(-1, keepdims=True) / 6, 448)
-    scale = scale.astype(jnp.float8_e4m3fn).astype(np.float64)
-    steps = blocks / np.where(scale == 0, 1, scale)
-    codes = np.asarray(jnp.asarray(steps, jnp.float4_e2m1fn)).astype(np.float64)
-    return (codes * scale).reshape(-1) * row_scale
+    return values(*quantised(row / row_scale)) * row_scale

@@ -1,0 +1,182 @@
+"""FlashInfer's CuTe-DSL kernels, as behind `cute_dsl_fused_moe_nvfp4`, on SM100 and SM103.
+
+What they serve, and the calls as the other implementations have them. `_cute_dsl_call` says what
+the two kernels are given, `_cute_dsl_sort` in which order.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_nvfp4_moe import devices
+from jax_nvfp4_moe.activations import Activation
+from jax_nvfp4_moe.bridge import cute_dsl
+from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, Tactic, Variant
+from jax_nvfp4_moe.bridge.manifest import Module
+from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.implementations import emulation
+from jax_nvfp4_moe.implementations._cute_dsl_call import Callee, run_on
+from jax_nvfp4_moe.implementations._grouping import expected_hits
+from jax_nvfp4_moe.implementations._modules import (
+    first_that_holds,
+    make_ready,
+    module_for,
+    not_built,
+)
+from jax_nvfp4_moe.implementations.base import Call, Problem
+from jax_nvfp4_moe.layouts import padded_sizes
+from jax_nvfp4_moe.routing import Routing, route
+
+# How far it is believed: docs/bridge.md has the five steps.
+_EVIDENCE = "evidence 2 of 5: its kernels compile, it has never run on a GPU"
+
+
+@dataclasses.dataclass(frozen=True)
+class CuteDsl:
+    """The implementation "cute_dsl" with options: `implementation` takes one instead of the name.
+
+    Attributes:
+        tactic: how the kernels divide their work; None means as FlashInfer does where nothing was
+            tuned.
+        deterministic: add each token's rows in the order of its slots, in float32 and by JAX, so
+            that a call always has the same result. It takes T * K * H * 2 bytes, and kernels that
+            FlashInfer has from 0.7.2 on. The others add in bfloat16, whichever row comes first.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong type, or no such tactic is compiled.
+    """
+
+    tactic: Tactic | None = None
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tactic is not None and self.tactic not in TACTICS["all"]:
+            raise ValueError(
+                f"tactic is {self.tactic!r}, expected None or Tactic(tile, gemm1_n, gemm2_n, "
+                "gemm2_cluster_n): the first three 128 or 256, the last 1 or 2"
+            )
+        if not isinstance(self.deterministic, bool):
+            raise TypeError(f"deterministic is {self.deterministic!r}, expected True or False")
+
+    @property
+    def name(self) -> str:
+        """What `implementation` calls it."""
+        return "cute_dsl"
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Why the kernels cannot serve the problem, or None if they can."""
+        if (reason := _not_computed(problem.call, problem.experts)) is not None:
+            return reason
+        found = self._find(problem.call, problem.experts, problem.device_kind)
+        return found if isinstance(found, str) else None
+
+    def describe(self, problem: Problem) -> str:
+        """The module, the packed bytes it reads, the tactic, and how far it was ever run."""
+        experts = problem.experts
+        found = self._find(problem.call, experts, problem.device_kind)
+        assert not isinstance(found, str)  # unsupported
+        module, callee = found
+        hits = expected_hits(problem.tokens, problem.top_k, experts.num_experts)
+        read = hits * experts.nbytes / experts.num_experts / 1e6
+        parts = [f"FlashInfer {module.version}; reads about {read:.1f} MB of packed weights"]
+        parts.append(str(callee.tactic))
+        if experts.layout != self.name:
+            prepared = "prepare(experts, 'cute_dsl') does it once"
+            parts.append(f"rearranges all weights in each call: {prepared}")
+        return "; ".join([*parts, _EVIDENCE])
+
+    def _find(
+        self, call: Call, experts: ExpertWeights, device_kind: str
+    ) -> tuple[Module, Callee] | str:
+        """The functions that serve a call, and the module that has them; or why there are none."""
+        variant = Variant(
+            call.activation.name,
+            "per_token" if experts.activation_scheme == "per_token" else "static",
+            finalize=not self.deterministic,
+        )
+        versions = [each for each, has in cute_dsl.VERSIONS.items() if variant in has]
+        if (reason := not_built(self.name, versions, device_kind)) is not None:
+            return f"{reason}, with FlashInfer {' or '.join(versions)}"
+        module = module_for(self.name, versions, device_kind)
+        assert module is not None  # not_built
+        tactic = self.tactic or TACTICS["default"][0]
+        gated, per_token = experts.gated, experts.activation_scheme == "per_token"
+        sizes = experts.hidden_size, experts.intermediate_size
+        hidden_size, intermediate_size = padded_sizes(
+            "cute_dsl", *sizes, gated=gated, per_token=per_token
+        )
+        if not tactic.fits(hidden_size, intermediate_size, gated=gated):
+            return f"{tactic} does not divide H {hidden_size} and I {intermediate_size}, padded"
+        arch = f"{devices.capability(device_kind)}a"
+        callee = Callee(module.name, arch, variant, tactic)
+        if absent := [name for name in callee.functions if name not in module.functions]:
+            return (
+                f"{module.name} was built without {', '.join(absent)}: run `python -m "
+                "jax_nvfp4_moe build cute_dsl --tactics all`"
+            )
+        return module, callee
+
+    def run(
+        self,
+        call: Call,
+        x: Float[Array, "T H"],
+        topk_ids: Int32[Array, "T K"],
+        topk_weights: Float32[Array, "T K"],
+        experts: ExpertWeights,
+    ) -> Float[Array, "T H"]:
+        """The layer's output."""
+        found = self._find(call, experts, devices.current_kind())
+        assert not isinstance(found, str)  # unsupported
+        module, callee = found
+        make_ready(module)
+        return lax.platform_dependent(
+            x,
+            topk_ids,
+            topk_weights,
+            experts,
+            cuda=partial(run_on, callee, call),
+            default=partial(emulation.run, call),
+        )
+
+    def run_from_logits(
+        self,
+        call: Call,
+        routing: Routing,
+        x: Float[Array, "T H"],
+        logits: Float[Array, "T E"],
+        bias: Float[Array, " E"] | None,
+        experts: ExpertWeights,
+    ) -> Float[Array, "T H"]:
+        """The layer's output, routed by JAX: the kernels have no router."""
+        return self.run(call, x, *route(logits, routing, bias=bias), experts)
+
+
+def _not_computed(call: Call, experts: ExpertWeights) -> str | None:
+    scheme, activation = experts.activation_scheme, call.activation
+    biased = experts.w13_bias is not None or experts.w2_bias is not None
+    return first_that_holds(
+        (call.numerics != "kernel", f"numerics={call.numerics!r} is the emulation's alone"),
+        (scheme == "none", "activation_scheme='none': it multiplies quantised activations only"),
+        (biased, "the experts have biases, and it adds none"),
+        (activation.name == "gelu", "activation 'gelu': it has silu, gelu_tanh, swiglu_oai, relu2"),
+        (
+            activation != Activation(activation.name),
+            f"{activation}: it is compiled for {Activation(activation.name)}",
+        ),
+        (
+            not _in_one_unit(experts.w13.global_scale),
+            "an expert's gate and up have different global scales, and it takes one for both",
+        ),
+    )
+
+
+def _in_one_unit(scale: Array) -> bool:
+    """Whether gate's and up's global scales are the same, or nobody can tell before it runs."""
+    if isinstance(scale, (Tracer, jax.ShapeDtypeStruct)) or not scale.is_fully_addressable:
+        return True
+    return bool(np.all(np.asarray(scale[:, 0]) == np.asarray(scale[:, -1])))
