@@ -1,6 +1,7 @@
 """The fake module, built by the compiler that is there."""
 
 import ctypes
+import hashlib
 import importlib.util
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jax_nvfp4_moe.bridge import cute_dsl, library
+from jax_nvfp4_moe.bridge import cute_dsl, library, manifest
 from tests.bridge.host import CPU, present_host_as
 
 HERE = Path(__file__).parent
@@ -96,3 +97,30 @@ def fake(built):
     yield module
     present_host_as(CPU)
     module.set_capture_fails(False)
+
+
+@pytest.fixture
+def nothing_built(monkeypatch, tmp_path):
+    """A cache with no modules in it."""
+    monkeypatch.setenv(manifest.CACHE_VARIABLE, str(tmp_path))
+
+
+@pytest.fixture
+def add_module(nothing_built, built, tvm_ffi):
+    """Writes the fake module into the manifest, as another's."""
+
+    def add(kind, version, archs, functions=()):
+        manifest.add(
+            manifest.Module(
+                kind=kind,
+                version=version,
+                archs=archs,
+                path=built,
+                sha256=hashlib.sha256(built.read_bytes()).hexdigest(),
+                tvm_ffi=tvm_ffi / "lib" / "libtvm_ffi.so",
+                cubins=None,
+                functions=functions,
+            )
+        )
+
+    return add

@@ -4,8 +4,6 @@ For a GPU that is not there, named by an abstract device. The module that the ma
 tests' own; nothing of it is run.
 """
 
-import dataclasses
-import hashlib
 import re
 
 import jax
@@ -18,67 +16,37 @@ from jax.sharding import (
     AbstractMesh,
     AxisType,
     PartitionSpec,
-    use_abstract_mesh,
 )
 
 import jax_nvfp4_moe as nvm
-from jax_nvfp4_moe.bridge import flashinfer, manifest
+from jax_nvfp4_moe.bridge import flashinfer
 from jax_nvfp4_moe.bridge.library import TARGET
 from jax_nvfp4_moe.implementations._trtllm_sizes import Sizes, workspace_bytes
+from tests.bridge.abstract_gpu import (
+    B200,
+    B300,
+    E,
+    H,
+    K,
+    T,
+    calls_of,
+    exported_for,
+    layer,
+    on,
+    tokens,
+)
 
-B200, B300 = "NVIDIA B200", "NVIDIA GB300"
-T, K, E, H = 16, 4, 8, 272
-INTERMEDIATE = 80
 ROUTING = nvm.Routing("renormalize", top_k=K)
 
 
-def on(kind, sizes=(), names=()):
-    device = AbstractDevice(device_kind=kind, num_cores=None, platform="cuda")
-    return use_abstract_mesh(AbstractMesh(sizes, names, abstract_device=device))
-
-
 @pytest.fixture
-def nothing_built(monkeypatch, tmp_path):
-    monkeypatch.setenv(manifest.CACHE_VARIABLE, str(tmp_path))
-
-
-@pytest.fixture
-def add(nothing_built, built, tvm_ffi):
+def add(add_module):
     """Writes a module into the manifest."""
 
     def add(*archs, version="0.6.13"):
-        manifest.add(
-            manifest.Module(
-                kind="trtllm",
-                version=version,
-                archs=archs,
-                path=built,
-                sha256=hashlib.sha256(built.read_bytes()).hexdigest(),
-                tvm_ffi=tvm_ffi / "lib" / "libtvm_ffi.so",
-                cubins=None,
-            )
-        )
+        add_module("trtllm", version, archs)
 
     return add
-
-
-def layer(scheme="static", gated=True, experts=E, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5 * 2, jnp.float32)
-
-    shapes = [(experts, INTERMEDIATE, H)] * 2 + [(experts, H, INTERMEDIATE)]
-    weights = [normal(*shape) for shape in shapes]
-    weights[0] = weights[0] if gated else None
-    scales = (4 / 2688, 30 / 2688) if scheme == "static" else ()
-    return nvm.quantize_experts(*weights, *scales, activation_scheme=scheme)
-
-
-def tokens(seed=1, experts=E):
-    rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=(T, H)), jnp.bfloat16)
-    return x, jnp.asarray(rng.normal(size=(T, experts)) * 2, jnp.float32)
 
 
 def reason(experts, routing=ROUTING, device_kind=B200, **options):
@@ -210,74 +178,6 @@ def test_traced_for_one_device_and_run_on_another(add):
 
 
 # ------------------------------------------------------------------------------- what is exported
-
-
-@dataclasses.dataclass(frozen=True)
-class CustomCall:
-    """One call of the bridge's target in a program."""
-
-    module: str
-    function: str
-    values: dict  # by the parameters' names: an operand's or a result's type, or a constant
-    workspace: str
-
-
-_CALL = re.compile(
-    rf"custom_call @{TARGET}\((?P<operands>[^)]*)\) \{{mhlo.backend_config = \{{"
-    r'arguments = "(?P<arguments>[^"]*)", function = "(?P<function>\w+)", '
-    r'module = "(?P<module>[^"]+)", program = dense<\[(?P<program>[^]]*)\]> : tensor<\d+xi64>\}'
-    r"(?P<rest>.*)\} : \((?P<types>[^)]*)\) -> \((?P<results>[^)]*)\)"
-)
-
-
-def calls_of(exported):
-    """The calls of a program, in order."""
-    text = exported.mlir_module()
-    found = [call_of(match) for match in _CALL.finditer(text)]
-    assert len(found) == text.count(TARGET)
-    return found
-
-
-def call_of(match):
-    words = iter([int(word) for word in match["program"].split(",")])
-    operands = match["types"].split(", ")
-    *results, workspace = match["results"].split(", ")
-    assert len(match["operands"].split(", ")) == len(operands)
-    # Beside layouts, all of them row-major, nothing: no operand is a result too, no side effects.
-    rest = match["rest"]
-    assert re.findall(r"(\w+) = ", rest) == ["operand_layouts", "result_layouts"]
-    for layout in re.findall(r"dense<\[?([\d, ]+)\]?>", rest):
-        order = [int(axis) for axis in layout.split(",")]
-        assert order == sorted(order, reverse=True)
-    values, used = {}, []
-    for name in match["arguments"].split(","):
-        match next(words):
-            case 0:
-                values[name] = None
-            case 1:
-                used.append(("operand", index := next(words)))
-                values[name] = operands[index]
-            case 2:
-                used.append(("result", index := next(words)))
-                values[name] = results[index]
-            case 6:
-                values[name] = tuple(next(words) for _ in range(next(words)))
-            case 4:
-                values[name] = float(np.int64(next(words)).view(np.float64))
-            case 3 | 5:
-                values[name] = next(words)
-    # Each once, and none left over.
-    every = [("operand", i) for i in range(len(operands))]
-    every += [("result", i) for i in range(len(results))]
-    assert sorted(used) == sorted(every)
-    return CustomCall(match["module"], match["function"], values, workspace)
-
-
-def exported_for(kind, function, *arguments):
-    check = export.DisabledSafetyCheck.custom_call(TARGET)
-    with on(kind):
-        made = export.export(jax.jit(function), platforms=("cuda",), disabled_checks=[check])
-        return made(*arguments)
 
 
 TENSORS = {
