@@ -4,6 +4,7 @@ Exit codes: 0 all is well; 1 something is wrong with the checkpoint, or the buil
 command was not understood; 3 a file is missing, in the way, or cannot be read or written.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -219,6 +220,62 @@ def cute_dsl(
             archs, tactics=tactics, python=python, progress=progress
         )
     _print_built(built, as_json)
+
+
+@main.group()
+def tune() -> None:
+    """Find the fastest way to run a layer on the GPU that is here."""
+
+
+def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(each) for each in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers like 1,16,256") from None
+
+
+@tune.command("cute_dsl")
+@click.option("--num-experts", type=int, required=True, help="On one device.")
+@click.option("--top-k", type=int, required=True)
+@click.option("--hidden-size", type=int, required=True)
+@click.option("--intermediate-size", type=int, required=True)
+@click.option(
+    "--tokens",
+    default="1,4,16,64,256,1024,4096",
+    show_default=True,
+    callback=_numbers,
+    help="For each of these the fastest is found.",
+)
+@click.option(
+    "--activation",
+    type=click.Choice(["silu", "gelu_tanh", "swiglu_oai", "relu2"]),
+    default="silu",
+    show_default=True,
+)
+@click.option(
+    "--activation-scheme",
+    type=click.Choice(["static", "per_token"]),
+    default="static",
+    show_default=True,
+)
+@click.option("--deterministic", is_flag=True, help="For CuteDsl(deterministic=True).")
+@_progress
+@_json
+def tune_cute_dsl(as_json: bool, **options: Any) -> None:
+    """Measure FlashInfer's CuTe-DSL kernels' tactics for a layer, and keep the fastest.
+
+    The table is tactics.json in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe; calls that
+    are traced from then on look there.
+    """
+    from jax_nvfp4_moe.tuning.measuring import tune  # noqa: PLC0415
+
+    with _plain_errors(NotImplementedError, ValueError):
+        found = tune(**options)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(each) for each in found], indent=2))
+        return
+    for each in found:
+        click.echo(f"{each.tokens} tokens: {each.tactic}, {each.microseconds} us")
 
 
 def _archs(text: str, known: tuple[str, ...]) -> tuple[str, ...]:

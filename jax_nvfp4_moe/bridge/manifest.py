@@ -165,7 +165,7 @@ def add(module: Module, cache: Path | None = None) -> None:
     """
     cache = cache or default_cache()
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache):
+    with locked(cache):
         kept = [each for each in read(cache) if each.name != module.name]
         entries = [dataclasses.asdict(each) for each in (*kept, module)]
         text = json.dumps({"modules": entries}, indent=2, default=str) + "\n"
@@ -175,7 +175,8 @@ def add(module: Module, cache: Path | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _locked(cache: Path) -> Iterator[None]:
+def locked(cache: Path) -> Iterator[None]:
+    """Holds what is kept in a cache for this process, while it is changed."""
     import fcntl  # noqa: PLC0415  Windows has none: there nothing is built, but `read` must work.
 
     # A file of its own: the manifest itself is another file after each change.

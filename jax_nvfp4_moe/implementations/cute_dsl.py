@@ -31,6 +31,7 @@ from jax_nvfp4_moe.implementations._modules import (
 from jax_nvfp4_moe.implementations.base import Call, Problem
 from jax_nvfp4_moe.layouts import padded_sizes
 from jax_nvfp4_moe.routing import Routing, route
+from jax_nvfp4_moe.tuning import Layer, look_up
 
 # How far it is believed: docs/bridge.md has the five steps.
 _EVIDENCE = "evidence 2 of 5: its kernels compile, it has never run on a GPU"
@@ -41,8 +42,8 @@ class CuteDsl:
     """The implementation "cute_dsl" with options: `implementation` takes one instead of the name.
 
     Attributes:
-        tactic: how the kernels divide their work; None means as FlashInfer does where nothing was
-            tuned.
+        tactic: how the kernels divide their work; None means as `tuning` has it for the layer, or
+            else as FlashInfer does where nothing was tuned.
         deterministic: add each token's rows in the order of its slots, in float32 and by JAX, so
             that a call always has the same result. It takes T * K * H * 2 bytes, and kernels that
             FlashInfer has from 0.7.2 on. The others add in bfloat16, whichever row comes first.
@@ -72,13 +73,13 @@ class CuteDsl:
         """Why the kernels cannot serve the problem, or None if they can."""
         if (reason := _not_computed(problem.call, problem.experts)) is not None:
             return reason
-        found = self._find(problem.call, problem.experts, problem.device_kind)
+        found = self.find(problem)
         return found if isinstance(found, str) else None
 
     def describe(self, problem: Problem) -> str:
         """The module, the packed bytes it reads, the tactic, and how far it was ever run."""
         experts = problem.experts
-        found = self._find(problem.call, experts, problem.device_kind)
+        found = self.find(problem)
         assert not isinstance(found, str)  # unsupported
         module, callee = found
         hits = expected_hits(problem.tokens, problem.top_k, experts.num_experts)
@@ -90,10 +91,9 @@ class CuteDsl:
             parts.append(f"rearranges all weights in each call: {prepared}")
         return "; ".join([*parts, _EVIDENCE])
 
-    def _find(
-        self, call: Call, experts: ExpertWeights, device_kind: str
-    ) -> tuple[Module, Callee] | str:
+    def find(self, problem: Problem) -> tuple[Module, Callee] | str:
         """The functions that serve a call, and the module that has them; or why there are none."""
+        call, experts, device_kind = problem.call, problem.experts, problem.device_kind
         variant = Variant(
             call.activation.name,
             "per_token" if experts.activation_scheme == "per_token" else "static",
@@ -104,22 +104,28 @@ class CuteDsl:
             return f"{reason}, with FlashInfer {' or '.join(versions)}"
         module = module_for(self.name, versions, device_kind)
         assert module is not None  # not_built
-        tactic = self.tactic or TACTICS["default"][0]
-        gated, per_token = experts.gated, experts.activation_scheme == "per_token"
-        sizes = experts.hidden_size, experts.intermediate_size
-        hidden_size, intermediate_size = padded_sizes(
-            "cute_dsl", *sizes, gated=gated, per_token=per_token
+        try:
+            tactics = self._tactics(problem, module.version)
+        except (OSError, ValueError) as error:
+            return str(error)
+        arch, reason = f"{devices.capability(device_kind)}a", None
+        for tactic in tactics:
+            callee = Callee(module.name, arch, variant, tactic)
+            if (reason := _not_there(callee, module, experts)) is None:
+                return module, callee
+        assert reason is not None  # There is one tactic at least.
+        return reason
+
+    def _tactics(self, problem: Problem, version: str) -> tuple[Tactic, ...]:
+        """Those to take, the first one that can be called."""
+        if self.tactic is not None:
+            return (self.tactic,)
+        tuned = look_up(
+            layer_of(problem, version, deterministic=self.deterministic), problem.tokens
         )
-        if not tactic.fits(hidden_size, intermediate_size, gated=gated):
-            return f"{tactic} does not divide H {hidden_size} and I {intermediate_size}, padded"
-        arch = f"{devices.capability(device_kind)}a"
-        callee = Callee(module.name, arch, variant, tactic)
-        if absent := [name for name in callee.functions if name not in module.functions]:
-            return (
-                f"{module.name} was built without {', '.join(absent)}: run `python -m "
-                "jax_nvfp4_moe build cute_dsl --tactics all`"
-            )
-        return module, callee
+        default = TACTICS["default"][0]
+        # What was measured then may not be built now.
+        return (default,) if tuned is None else (tuned, default)
 
     def run(
         self,
@@ -130,7 +136,8 @@ class CuteDsl:
         experts: ExpertWeights,
     ) -> Float[Array, "T H"]:
         """The layer's output."""
-        found = self._find(call, experts, devices.current_kind())
+        tokens, top_k = topk_ids.shape
+        found = self.find(Problem(call, experts, tokens, top_k, devices.current_kind()))
         assert not isinstance(found, str)  # unsupported
         module, callee = found
         make_ready(module)
@@ -154,6 +161,48 @@ class CuteDsl:
     ) -> Float[Array, "T H"]:
         """The layer's output, routed by JAX: the kernels have no router."""
         return self.run(call, x, *route(logits, routing, bias=bias), experts)
+
+
+def layer_of(problem: Problem, version: str, *, deterministic: bool) -> Layer:
+    """What a tactic for the problem is kept by in the table of `tuning`.
+
+    Args:
+        problem: what is asked.
+        version: of the module that serves it.
+        deterministic: as in `CuteDsl`.
+    """
+    experts = problem.experts
+    return Layer(
+        device_kind=problem.device_kind,
+        version=version,
+        activation=problem.call.activation.name,
+        activation_scheme=experts.activation_scheme,
+        deterministic=deterministic,
+        num_experts=experts.num_experts,
+        top_k=problem.top_k,
+        hidden_size=experts.hidden_size,
+        intermediate_size=experts.intermediate_size,
+    )
+
+
+def _not_there(callee: Callee, module: Module, experts: ExpertWeights) -> str | None:
+    """Why functions cannot be called for experts, or None if they can."""
+    per_token = experts.activation_scheme == "per_token"
+    hidden_size, intermediate_size = padded_sizes(
+        "cute_dsl",
+        experts.hidden_size,
+        experts.intermediate_size,
+        gated=experts.gated,
+        per_token=per_token,
+    )
+    if not callee.tactic.fits(hidden_size, intermediate_size, gated=experts.gated):
+        return f"{callee.tactic} does not divide H {hidden_size} and I {intermediate_size}, padded"
+    if absent := [name for name in callee.functions if name not in module.functions]:
+        return (
+            f"{module.name} was built without {', '.join(absent)}: run `python -m "
+            "jax_nvfp4_moe build cute_dsl --tactics all`"
+        )
+    return None
 
 
 def _not_computed(call: Call, experts: ExpertWeights) -> str | None:

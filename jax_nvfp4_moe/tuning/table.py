@@ -1,0 +1,136 @@
+"""The file of measured tactics, `tactics.json` beside the modules they are of."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, Tactic
+from jax_nvfp4_moe.bridge.manifest import default_cache, locked
+
+_FILE = "tactics.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What a tactic is good for, but for the number of tokens.
+
+    Attributes:
+        device_kind: as JAX calls it.
+        version: of the flashinfer-python whose kernels they are.
+        activation: its name.
+        activation_scheme: of the experts.
+        deterministic: as in `CuteDsl`.
+        num_experts: on one device.
+        top_k: K.
+        hidden_size: H.
+        intermediate_size: I.
+    """
+
+    device_kind: str
+    version: str
+    activation: str
+    activation_scheme: str
+    deterministic: bool
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The fastest tactic for one number of tokens.
+
+    Attributes:
+        layer: for which.
+        tokens: T.
+        tactic: which.
+        microseconds: that a call took, the median.
+    """
+
+    layer: Layer
+    tokens: int
+    tactic: Tactic
+    microseconds: float
+
+
+def read(cache: Path | None = None) -> tuple[Measured, ...]:
+    """All that was measured; nothing if nothing was.
+
+    Args:
+        cache: where the file is, `bridge.manifest.default_cache()` if not given.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is malformed.
+    """
+    file = (cache or default_cache()) / _FILE
+    try:
+        text = file.read_bytes()
+    except FileNotFoundError:
+        return ()
+    try:
+        return tuple(_decode(**entry) for entry in json.loads(text)["tactics"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no table of tactics ({error!r}): delete it, then run `python -m "
+            "jax_nvfp4_moe tune cute_dsl` again"
+        ) from None
+
+
+def _decode(layer: Any, tokens: Any, tactic: Any, microseconds: Any) -> Measured:
+    measured = Measured(Layer(**layer), tokens, Tactic(**tactic), microseconds)
+    fields = Layer.__dataclass_fields__.items()
+    for name, field in (*fields, ("tokens", Measured.__dataclass_fields__["tokens"])):
+        owner = measured if name == "tokens" else measured.layer
+        if type(getattr(owner, name)) is not field.type:
+            raise TypeError(f"{name} is {getattr(owner, name)!r}")
+    if measured.tactic not in TACTICS["all"]:
+        raise ValueError(f"{measured.tactic}")
+    return measured
+
+
+def add(measured: Iterable[Measured], cache: Path | None = None) -> None:
+    """Writes measurements down, in the place of those of the same layers and tokens.
+
+    Readers see the table as it was before or as it is after.
+
+    Args:
+        measured: which.
+        cache: where the file is, `bridge.manifest.default_cache()` if not given.
+
+    Raises:
+        OSError: the table cannot be read or written.
+        ValueError: it is malformed.
+    """
+    cache = cache or default_cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache):
+        table = {(each.layer, each.tokens): each for each in (*read(cache), *measured)}
+        entries = [dataclasses.asdict(each) for each in table.values()]
+        new = cache / f"{_FILE}.new"  # Nobody else's, under the lock.
+        new.write_text(json.dumps({"tactics": entries}, indent=2) + "\n", "utf-8")
+        new.replace(cache / _FILE)
+
+
+def look_up(layer: Layer, tokens: int, cache: Path | None = None) -> Tactic | None:
+    """The tactic that was the fastest, or None if nothing of the layer was measured.
+
+    That of the next larger number of tokens that was measured; or, beyond all, of the largest.
+
+    Args:
+        layer: of the call.
+        tokens: T.
+        cache: where the file is, `bridge.manifest.default_cache()` if not given.
+
+    Raises:
+        OSError, ValueError: as `read`.
+    """
+    known = sorted(
+        (each for each in read(cache) if each.layer == layer), key=lambda each: each.tokens
+    )
+    if not known:
+        return None
+    return next((each for each in known if each.tokens >= tokens), known[-1]).tactic
