@@ -166,8 +166,7 @@ def test_the_command(add, timed, tmp_path):
     with on(B200):
         done = click.testing.CliRunner().invoke(main, command)
         assert (done.exit_code, done.stderr) == (0, "")
-        first, second = done.stdout.splitlines()
-        assert first == f"4 tokens: {TACTICS['all'][2]}, 5.0 us"
+        assert done.stdout.splitlines()[0] == f"4 tokens: {TACTICS['all'][2]}, 5.0 us"
         done = click.testing.CliRunner().invoke(main, [*command, "--json"])
     assert [each["tokens"] for each in json.loads(done.stdout)] == [4, 64]
     assert len(json.loads((tmp_path / "tactics.json").read_text())["tactics"]) == 2
