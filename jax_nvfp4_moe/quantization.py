@@ -33,6 +33,7 @@ def quantize_experts(
     gate_bias: Float[ArrayLike, "E I"] | None = None,
     up_bias: Float[ArrayLike, "E I"] | None = None,
     down_bias: Float[ArrayLike, "E H"] | None = None,
+    shared_scale: bool = False,
 ) -> ExpertWeights:
     """Quantises a layer's experts to NVFP4, each matrix with a global scale of its own.
 
@@ -48,6 +49,9 @@ def quantize_experts(
         gate_bias: [E, I], or None. Gate and up have biases together.
         up_bias: [E, I], or None.
         down_bias: [E, H], or None.
+        shared_scale: let an expert's gate and up have one global scale, of the larger of both. The
+            kernels of "cute_dsl" take such experts alone, those of "trtllm" where an activation has
+            a limit.
 
     Returns:
         The experts, in the "linear" layout.
@@ -88,19 +92,12 @@ def quantize_experts(
     if gate is None and gate_bias is not None:
         raise ValueError("gate_bias was given, but gate is None: these experts are not gated")
 
-    halves = [up] if gate is None else [gate, up]
-    quantised = [_quantize_each(half) for half in halves]
-    w13 = Nvfp4Array(
-        data=jnp.concatenate([q.data for q in quantised], axis=1),
-        scale=jnp.concatenate([q.scale for q in quantised], axis=1),
-        global_scale=jnp.stack([q.global_scale for q in quantised], axis=1),
-    )
     biases = {"gate_bias": gate_bias, "up_bias": up_bias}
     if activation_scheme is None:
         calibrated = input_scale is not None or hidden_scale is not None
         activation_scheme = "static" if calibrated else "per_token"
     experts = ExpertWeights(
-        w13=w13,
+        w13=_quantize_w13(gate, up, shared_scale),
         w2=_quantize_each(down),
         input_scale=_optional("input_scale", input_scale),
         hidden_scale=_optional("hidden_scale", hidden_scale),
@@ -117,6 +114,22 @@ def quantize_experts(
         if scale is not None and not isinstance(scale, Tracer):
             raise_for(positive_problems(name, np.asarray(scale)))
     return experts
+
+
+def _quantize_w13(gate: Array | None, up: Array, shared_scale: bool) -> Nvfp4Array:
+    if gate is None:
+        one = _quantize_each(up)
+        return dataclasses.replace(one, global_scale=one.global_scale[:, None])
+    if shared_scale:
+        one = _quantize_each(jnp.concatenate([gate, up], axis=1))
+        scales = [one.global_scale] * 2
+        return dataclasses.replace(one, global_scale=jnp.stack(scales, axis=1))
+    halves = _quantize_each(gate), _quantize_each(up)
+    return Nvfp4Array(
+        data=jnp.concatenate([half.data for half in halves], axis=1),
+        scale=jnp.concatenate([half.scale for half in halves], axis=1),
+        global_scale=jnp.stack([half.global_scale for half in halves], axis=1),
+    )
 
 
 @jax.jit

@@ -3,9 +3,9 @@
     python -m tests.blackwell --report blackwell.json
 
 For a machine with an SM100 or SM103 GPU (B200, GB200, B300, GB300), JAX for CUDA, this package with
-its extra `test`, and the module that `python -m jax_nvfp4_moe build trtllm` makes. It runs the
-cases of the conformance suite, layers of models' sizes, programs that run many times over, and
-mistakes on purpose that it has to notice; then it takes times.
+its extra `test`, and the modules that `python -m jax_nvfp4_moe build` makes: trtllm, cute_dsl or
+both. It runs the cases of the conformance suite, layers of models' sizes, programs that run many
+times over, and mistakes on purpose that it has to notice; then it takes times.
 
 Exit code: 0 if everything passed, 1 if not, 2 if this is no such machine.
 """
@@ -33,18 +33,25 @@ import numpy as np
 from tqdm import tqdm
 
 import jax_nvfp4_moe as nvm
-from jax_nvfp4_moe import layouts, selection
+from jax_nvfp4_moe import layouts
 from jax_nvfp4_moe.bridge import manifest
 from tests import conformance, oracle
 from tests.recording_cuda import cases as models
 
-NATIVE = ("trtllm", "cute_dsl")
+NATIVE = {
+    "trtllm": "trtllm",
+    "cute_dsl": "cute_dsl",
+    "cute_dsl_deterministic": nvm.CuteDsl(deterministic=True),
+}
 CAPABILITIES = ("10.0", "10.3")
 DISTRIBUTIONS = ("jax", "jaxlib", "jax_nvfp4_moe", "apache-tvm-ffi", "flashinfer-python", "numpy")
 
 # The emulation's sums have another order, so that values which both round lie on different sides of
 # a boundary now and then: between two orders of float32 sums there were up to 2e-4.
 EMULATION_GATE = 1e-3
+# "cute_dsl" adds a token's rows in bfloat16, in no certain order. Each addition is off by 2 ** -9
+# at most, 1.1e-3 in the mean square; K of them by this times the root of K.
+BFLOAT16_SUM = 2e-3
 # A result that is this far off is no mistake of wiring, but not the documented arithmetic either.
 CLOSE = 1e-2
 
@@ -137,21 +144,27 @@ def verdict(numbers, gate, size):
     return "failed"
 
 
-def against_oracle(got, want: oracle.Result):
+def sum_error(name, top_k):
+    """What an implementation's sums over slots may be off by, relative L2."""
+    return BFLOAT16_SUM * top_k**0.5 if name == "cute_dsl" else 0.0
+
+
+def against_oracle(got, want: oracle.Result, sum_error=0.0):
     """Status and numbers; where the gate is missed, rounding ties are followed first."""
+    gate = conformance.GATE + sum_error
     numbers = {**measured(got, want.out), "ties": 0}
-    status = verdict(numbers, conformance.GATE, want.out.size)
+    status = verdict(numbers, gate, want.out.size)
     if status != "passed":
         followed, ties, _ = oracle.resolve_ties(without_rounding(got, want.out), want)
         numbers = {**measured(got, followed), "ties": ties}
-        status = verdict(numbers, conformance.GATE, want.out.size)
+        status = verdict(numbers, gate, want.out.size)
     return status, numbers
 
 
-def against_emulation(got, want):
+def against_emulation(got, want, sum_error=0.0):
     """Status and numbers."""
     numbers = measured(got, want)
-    return verdict(numbers, EMULATION_GATE, np.size(want)), numbers
+    return verdict(numbers, EMULATION_GATE + sum_error, np.size(want)), numbers
 
 
 def worst(statuses):
@@ -167,11 +180,25 @@ def finite(got):
 # ------------------------------------------------------------------------------- conformance cases
 
 
-def layer_of(case):
+def layout_of(name):
+    return name.removesuffix("_deterministic")
+
+
+def as_taken(name, activation, experts):
+    """Experts as the implementation takes them: some have one global scale for gate and up."""
+    limit = nvm.Activation.of(activation).limit
+    if layout_of(name) != "cute_dsl" and limit in (None, np.inf):
+        return experts
+    scale = experts.w13.global_scale
+    return _w13(experts, global_scale=jnp.broadcast_to(scale[:, :1], scale.shape))
+
+
+def layer_of(name, case):
     """A case's layer, the same in every run; weights as kernels keep them, in bfloat16."""
     layer = conformance.make_layer(case, np.random.default_rng(zlib.crc32(str(case).encode())))
     weights = layer.weights.astype(jnp.bfloat16).astype(np.float32)
-    return dataclasses.replace(layer, weights=weights)
+    experts = as_taken(name, layer.activation, layer.experts)
+    return dataclasses.replace(layer, weights=weights, experts=experts)
 
 
 def result_of(run: Run, layer, experts, output_dtype=jnp.bfloat16):
@@ -190,12 +217,15 @@ emulated = functools.partial(nvm.nvfp4_moe_routed, implementation="emulation")
 
 
 def check_case(name, run: Run, case):
-    layer = layer_of(case)
-    got = np.asarray(result_of(run, layer, nvm.prepare(layer.experts, name)), np.float32)
+    layer = layer_of(name, case)
+    ready = nvm.prepare(layer.experts, layout_of(name))
+    got = np.asarray(result_of(run, layer, ready), np.float32)
     if problem := finite(got):
         return "failed", problem, {}
-    first, numbers = against_oracle(got, conformance.reference(layer))
-    second, others = against_emulation(got, result_of(emulated, layer, layer.experts, jnp.float32))
+    slack = sum_error(name, case.top_k)
+    first, numbers = against_oracle(got, conformance.reference(layer), slack)
+    want = result_of(emulated, layer, layer.experts, jnp.float32)
+    second, others = against_emulation(got, want, slack)
     return worst((first, second)), "", {"oracle": numbers, "emulation": others}
 
 
@@ -223,9 +253,8 @@ def no_hidden_scale(experts):
     return dataclasses.replace(experts, hidden_scale=jnp.float32(1))
 
 
-def wrong_global_scale_of_up(experts):
-    ratio = jnp.array([[1, 1.5]], jnp.float32)
-    return _w13(experts, global_scale=experts.w13.global_scale * ratio)
+def wrong_global_scale(experts):
+    return _w13(experts, global_scale=experts.w13.global_scale * jnp.float32(1.5))
 
 
 def linear_scales_for_swizzled(experts):
@@ -238,7 +267,7 @@ MISTAKES = {
         swapped_gate_and_up,
         swapped_nibbles,
         no_hidden_scale,
-        wrong_global_scale_of_up,
+        wrong_global_scale,
         linear_scales_for_swizzled,
     )
 }
@@ -246,8 +275,8 @@ MISTAKES = {
 
 def check_control(name, run: Run, case, mistake):
     """Passes where the experts' mistake is noticed: beyond any doubt, and by both comparisons."""
-    layer = layer_of(case)
-    wrong = nvm.prepare(mistake(layer.experts), name)
+    layer = layer_of(name, case)
+    wrong = nvm.prepare(mistake(layer.experts), layout_of(name))
     got = np.asarray(result_of(run, layer, wrong), np.float32)
     first, numbers = against_oracle(got, conformance.reference(layer))
     second, others = against_emulation(got, result_of(emulated, layer, layer.experts, jnp.float32))
@@ -267,20 +296,20 @@ def model_cases(tokens) -> Iterator[tuple[str, models.Case]]:
             yield f"{name}, {count} tokens", dataclasses.replace(case, tokens=count)
 
 
-def arguments_of(case):
+def arguments_of(name, case):
     """Tokens, ids of which some are no expert's, weights of both signs in bfloat16, experts."""
     x, ids, weights, experts = models.random_arguments(dataclasses.replace(case, layout="linear"))
-    return x, ids, weights.astype(jnp.bfloat16), experts
+    return x, ids, weights.astype(jnp.bfloat16), as_taken(name, case.activation, experts)
 
 
 def check_model(name, run: Run, case):
-    x, ids, weights, experts = arguments_of(case)
-    ready = nvm.prepare(experts, name)
+    x, ids, weights, experts = arguments_of(name, case)
+    ready = nvm.prepare(experts, layout_of(name))
     got = np.asarray(run(x, ids, weights, ready, activation=case.activation), np.float32)
     if problem := finite(got):
         return "failed", problem, {}
     want = models.expected_of(case, (x, ids, weights, experts))
-    status, numbers = against_emulation(got, want)
+    status, numbers = against_emulation(got, want, sum_error(name, case.top_k))
     return status, "", {"emulation": numbers}
 
 
@@ -290,10 +319,10 @@ def check_model(name, run: Run, case):
 def check_router(name, case: models.Routed):
     """The implementation's own router against `route` and the emulation."""
     layer, keys = case.case, jax.random.split(jax.random.key(2), 2)
-    x, _, _, experts = arguments_of(layer)
+    x, _, _, experts = arguments_of(name, layer)
     logits = 2 * jax.random.normal(keys[0], (case.tokens, case.experts))
     bias = jax.random.normal(keys[1], (case.experts,)) if case.bias else None
-    ready = nvm.prepare(experts, name)
+    ready = nvm.prepare(experts, layout_of(name))
     got = nvm.nvfp4_moe(
         x,
         logits,
@@ -301,14 +330,15 @@ def check_router(name, case: models.Routed):
         case.routing,
         bias=bias,
         activation=case.activation,
-        implementation=name,
+        implementation=NATIVE.get(name, name),
         route_in_kernel=True,
     )
     if problem := finite(got.astype(jnp.float32)):
         return "failed", problem, {}
     ids, weights = nvm.route(logits, case.routing, bias=bias)
     want = models.expected_of(layer, (x, ids, weights, experts))
-    status, numbers = against_emulation(got.astype(jnp.float32), want)
+    slack = sum_error(name, case.routing.top_k)
+    status, numbers = against_emulation(got.astype(jnp.float32), want, slack)
     return status, "", {"emulation": numbers}
 
 
@@ -320,10 +350,12 @@ LAYERS, REPEATS = 6, 20  # XLA records five calls in a row or more into a CUDA g
 def check_repeats(name, run: Run, case):
     """A jitted stack of layers: each run has the same bits, in memory that was full of NaN.
 
-    And each layer's result is right for what it was given.
+    And each layer's result is right for what it was given. The bits of an implementation that adds
+    in no certain order are not compared.
     """
-    x, ids, weights, experts = arguments_of(case)
-    ready = nvm.prepare(experts, name)
+    slack = sum_error(name, case.top_k)
+    x, ids, weights, experts = arguments_of(name, case)
+    ready = nvm.prepare(experts, layout_of(name))
 
     @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
     def stack(poison, x, ids, weights, experts):
@@ -344,12 +376,12 @@ def check_repeats(name, run: Run, case):
             return "failed", f"run {repeat + 1}: {problem}", {}
         bits = [y.tobytes() for y in outputs]
         first = first or bits
-        if bits != first:
+        if bits != first and not slack:
             return "failed", f"run {repeat + 1} of {REPEATS} has other bits than the first", {}
     statuses, numbers = [], {}
     for layer, (given, y) in enumerate(zip(inputs, outputs, strict=True)):
         want = models.expected_of(case, (jnp.asarray(given), ids, weights, experts))
-        status, numbers[f"layer {layer + 1}"] = against_emulation(y.astype(np.float32), want)
+        status, numbers[f"layer {layer + 1}"] = against_emulation(y.astype(np.float32), want, slack)
         statuses.append(status)
     return worst(statuses), "", numbers
 
@@ -467,8 +499,8 @@ def copy_bandwidth(nbytes=1 << 30):
 
 def times_of(name, run: Run, case, bandwidth):
     """Of a layer, in microseconds, beside the least that reading the weights it needs takes."""
-    x, ids, weights, experts = arguments_of(case)
-    experts = nvm.prepare(experts, name)
+    x, ids, weights, experts = arguments_of(name, case)
+    experts = nvm.prepare(experts, layout_of(name))
     program = jax.jit(functools.partial(run, activation=case.activation))
     found = spread(program, x, ids, weights, experts)
     hit = np.unique(np.asarray(ids))
@@ -551,12 +583,17 @@ def write(report: dict, path: Path) -> None:
 
 
 def native(name) -> Run:
-    return functools.partial(nvm.nvfp4_moe_routed, implementation=name)
+    return functools.partial(nvm.nvfp4_moe_routed, implementation=NATIVE[name])
 
 
 def absent(name) -> str | None:
-    """Why an implementation is not even tried, or None."""
-    return None if selection.IMPLEMENTATIONS[name] is not None else "not in this version"
+    """Why an implementation is not even tried, or None: it cannot serve the plainest layer."""
+    layer = layer_of(name, conformance.Case())
+    try:
+        jax.eval_shape(functools.partial(result_of, native(name), layer, layer.experts))
+    except NotImplementedError as refusal:
+        return str(refusal)
+    return None
 
 
 def names(text) -> list[str]:

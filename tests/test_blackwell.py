@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 import jax_nvfp4_moe as nvm
-from jax_nvfp4_moe import selection
 from tests import blackwell
 from tests.blackwell import MISTAKES, Outcome, Scope
 from tests.conformance import Case
@@ -118,7 +116,7 @@ def test_an_element_that_is_not_written():
 
 def test_a_control_that_is_not_noticed():
     """Of an implementation that does not look at the experts it is given."""
-    right = blackwell.layer_of(CASE).experts
+    right = blackwell.layer_of(NAME, CASE).experts
     mistake = MISTAKES["swapped_nibbles"]
     status, detail, _ = blackwell.check_control(NAME, broken(lambda _: right), CASE, mistake)
     assert status == "failed"
@@ -213,6 +211,37 @@ def test_this_is_the_wrong_machine(tmp_path, capsys):
     assert not report.exists()
 
 
+@pytest.mark.parametrize("name", blackwell.NATIVE)
+def test_what_is_not_here(name):
+    assert "it needs an SM100 or SM103 GPU, and this is cpu" in blackwell.absent(name)
+
+
+def test_sums_in_bfloat16(rng):
+    """Rows added one after the other are as far off as is allowed to one implementation."""
+    rows = rng.normal(size=(8, 64, 512)).astype(np.float32)
+    y = np.zeros((64, 512), jnp.bfloat16)
+    for row in rows:
+        y = (y + row.astype(jnp.bfloat16)).astype(jnp.bfloat16)
+    want, slack = rows.sum(0, dtype=np.float64), blackwell.sum_error("cute_dsl", 8)
+    assert blackwell.sum_error("cute_dsl_deterministic", 8) == 0
+    assert blackwell.against_emulation(y, want)[0] == "close"
+    assert blackwell.against_emulation(y, want, slack)[0] == "passed"
+    assert blackwell.against_emulation(y * 1.02, want, slack)[0] == "failed"
+
+
+def test_experts_as_they_are_taken():
+    """Cute-dsl's have one scale for gate and up, as have others' with a limit."""
+    for name, activation, one in (
+        ("trtllm", "silu", False),
+        ("trtllm", "swiglu_oai", True),
+        ("cute_dsl", "silu", True),
+        ("cute_dsl_deterministic", "gelu_tanh", True),
+    ):
+        layer = blackwell.layer_of(name, dataclasses.replace(CASE, activation=activation))
+        gate, up = layer.experts.w13.global_scale.T
+        assert (gate == up).all() == one, (name, activation)
+
+
 def test_an_implementation_that_is_not_known(capsys):
     with pytest.raises(SystemExit):
         blackwell.main(["--implementations", "trtllm,emulation"])
@@ -222,10 +251,11 @@ def test_an_implementation_that_is_not_known(capsys):
 @pytest.fixture
 def pretended(monkeypatch, tmp_path):
     """As on a Blackwell machine, with the emulation for "trtllm" and one case to check."""
-    known = {**selection.IMPLEMENTATIONS, "cute_dsl": None}
-    monkeypatch.setattr(selection, "IMPLEMENTATIONS", MappingProxyType(known))
     monkeypatch.setattr(blackwell, "wrong_machine", lambda: None)
     monkeypatch.setattr(blackwell, "native", lambda name: emulated)
+    monkeypatch.setattr(
+        blackwell, "absent", lambda name: None if name == "trtllm" else "it is not built"
+    )
     monkeypatch.setattr(blackwell, "CONTROLS", ())
     monkeypatch.setitem(blackwell.SCOPES, "default", Scope((CASE,), (), (), ()))
     return tmp_path / "report.json"
@@ -238,7 +268,8 @@ def test_the_report(pretended, monkeypatch, capsys):
     assert blackwell.main(["--report", str(pretended)]) == 0
     report = json.loads(pretended.read_text())
     assert report["passed"] is True
-    assert report["absent"] == {"cute_dsl": "not in this version"}
+    others = ("cute_dsl", "cute_dsl_deterministic")
+    assert report["absent"] == dict.fromkeys(others, "it is not built")
     assert report["machine"]["device"] == jax.devices()[0].device_kind
     assert report["machine"]["versions"]["jax"] == jax.__version__
     case, checked = report["outcomes"]
@@ -250,10 +281,10 @@ def test_the_report(pretended, monkeypatch, capsys):
     found = entry["microseconds"]
     assert 0 < found["min"] <= found["median"] <= found["max"]
     # All five experts are hit: at 1 GB/s their bytes take as many nanoseconds.
-    experts = blackwell.nvm.prepare(blackwell.arguments_of(model)[3], "trtllm")
+    experts = blackwell.nvm.prepare(blackwell.arguments_of("trtllm", model)[3], "trtllm")
     assert found["floor"] == pytest.approx(experts.nbytes / 1e3)
     out = capsys.readouterr().out
-    assert "cute_dsl: not in this version" in out
+    assert "cute_dsl: it is not built" in out
     assert f"Passed; the report is {pretended}" in out
     assert list(pretended.parent.iterdir()) == [pretended]
 

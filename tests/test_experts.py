@@ -117,6 +117,19 @@ def test_each_matrix_is_quantised_by_itself(gated, rng):
     nvm.validate(experts)
 
 
+def test_gate_and_up_with_one_scale(rng):
+    gate, up, down = matrices(rng)
+    experts = nvm.quantize_experts(3 * gate, up, down, shared_scale=True)
+    assert_holds(experts, 3 * gate, up, down)
+    scale = np.asarray(experts.w13.global_scale)
+    np.testing.assert_array_equal(scale[:, 0], scale[:, 1])
+    own = np.asarray(nvm.quantize_experts(3 * gate, up, down).w13.global_scale)
+    np.testing.assert_array_equal(scale[:, 0], own.max(axis=1))
+    assert (own[:, 0] != own[:, 1]).all()
+    bare = [nvm.quantize_experts(None, up, down, shared_scale=each) for each in (False, True)]
+    np.testing.assert_array_equal(bare[0].w13.global_scale, bare[1].w13.global_scale)
+
+
 def test_rows_are_gate_then_up(rng):
     gate, up, down = matrices(rng)
     experts = nvm.quantize_experts(gate, up, down)

@@ -71,12 +71,17 @@ def weight_arguments(
     }
 
 
+def finite_limit(activation: Activation) -> float | None:
+    """What gate and up are clamped to, if they are."""
+    return None if activation.limit == math.inf else activation.limit
+
+
 def _sum_scales(
     activation: Activation, experts: ExpertWeights, input_scale: Float32[Array, ""]
 ) -> Float32[Array, "E G"]:
     """What GEMM1's sums are in units of, gate's and up's."""
     sums = experts.w13.global_scale * input_scale
-    if activation.limit is None or math.isinf(activation.limit) or not experts.gated:
+    if finite_limit(activation) is None:
         return sums
     # One limit clamps both halves' sums, so that they must be in the same unit. Inside jit nobody
     # can be told: a result of NaN is seen, one of wrong numbers is not.
@@ -121,11 +126,11 @@ def _epilogue(
         extra = hidden_size - experts.hidden_size
         bias = jnp.pad(experts.w2_bias / down[:, None], ((0, 0), (0, extra)))
         bias2 = bias[:, w2_row_order("trtllm", hidden_size)]
-    alpha, beta, limit = activation.alpha, activation.beta, activation.limit
+    alpha, beta, limit = activation.alpha, activation.beta, finite_limit(activation)
     return {
         "gemm1_bias": bias1,
         "gemm1_alpha": None if alpha is None else jnp.full(down.shape, alpha, jnp.float32),
         "gemm1_beta": None if beta is None else beta / sums[:, -1],
-        "gemm1_clamp_limit": None if limit is None or math.isinf(limit) else limit / sums[:, 0],
+        "gemm1_clamp_limit": None if limit is None else limit / sums[:, 0],
         "gemm2_bias": bias2,
     }

@@ -7,10 +7,7 @@ the two kernels are given, `_cute_dsl_sort` in which order.
 import dataclasses
 from functools import partial
 
-import jax
-import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe import devices
@@ -28,6 +25,7 @@ from jax_nvfp4_moe.implementations._modules import (
     module_for,
     not_built,
 )
+from jax_nvfp4_moe.implementations._native import in_one_unit
 from jax_nvfp4_moe.implementations.base import Call, Problem
 from jax_nvfp4_moe.layouts import padded_sizes
 from jax_nvfp4_moe.routing import Routing, route
@@ -218,14 +216,8 @@ def _not_computed(call: Call, experts: ExpertWeights) -> str | None:
             f"{activation}: it is compiled for {Activation(activation.name)}",
         ),
         (
-            not _in_one_unit(experts.w13.global_scale),
-            "an expert's gate and up have different global scales, and it takes one for both",
+            not in_one_unit(experts),
+            "an expert's gate and up have different global scales, and it takes one for both: "
+            "quantize_experts(..., shared_scale=True)",
         ),
     )
-
-
-def _in_one_unit(scale: Array) -> bool:
-    """Whether gate's and up's global scales are the same, or nobody can tell before it runs."""
-    if isinstance(scale, (Tracer, jax.ShapeDtypeStruct)) or not scale.is_fully_addressable:
-        return True
-    return bool(np.all(np.asarray(scale[:, 0]) == np.asarray(scale[:, -1])))

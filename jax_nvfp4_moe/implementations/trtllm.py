@@ -21,6 +21,7 @@ from jax_nvfp4_moe.implementations._modules import (
     module_for,
     not_built,
 )
+from jax_nvfp4_moe.implementations._native import in_one_unit
 from jax_nvfp4_moe.implementations._trtllm_call import (
     FUNCTION,
     Callee,
@@ -34,7 +35,7 @@ from jax_nvfp4_moe.implementations._trtllm_routing import (
     padded_experts,
 )
 from jax_nvfp4_moe.implementations._trtllm_sizes import Sizes, max_tokens, workspace_bytes
-from jax_nvfp4_moe.implementations._trtllm_weights import ACT_TYPES
+from jax_nvfp4_moe.implementations._trtllm_weights import ACT_TYPES, finite_limit
 from jax_nvfp4_moe.implementations.base import Call, Problem
 from jax_nvfp4_moe.layouts import padded_sizes
 from jax_nvfp4_moe.routing import Routing
@@ -81,6 +82,11 @@ def _not_computed(problem: Problem) -> str | None:
         (
             padded_experts(experts.num_experts) > MAX_EXPERTS,
             f"a device has {experts.num_experts} experts: it takes fewer than {MAX_EXPERTS}",
+        ),
+        (
+            finite_limit(call.activation) is not None and not in_one_unit(experts),
+            "an expert's gate and up have different global scales, and one limit clamps both: "
+            "quantize_experts(..., shared_scale=True)",
         ),
     )
 

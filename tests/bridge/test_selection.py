@@ -49,6 +49,15 @@ def add(add_module):
     return add
 
 
+def shapes(experts):
+    """Of a layer, without its values."""
+
+    def resized(leaf):
+        return jax.ShapeDtypeStruct((experts, *leaf.shape[1:]), leaf.dtype) if leaf.ndim else leaf
+
+    return jax.tree.map(resized, layer())
+
+
 def reason(experts, routing=ROUTING, device_kind=B200, **options):
     report = nvm.explain(experts, routing, tokens=T, device_kind=device_kind, **options)
     (choice,) = (each for each in report.choices if each.name == "trtllm")
@@ -141,12 +150,18 @@ def test_a_spoilt_manifest(nothing_built, tmp_path):
             "activation 'relu2' with activation_scheme='per_token': it has silu, swiglu_oai",
         ),
         (
-            lambda: jax.eval_shape(lambda: layer(experts=40)),
+            lambda: shapes(40),
             {"routing": nvm.Routing("renormalize", 33)},
             "K is 33: it takes at most 32 experts a token",
         ),
         (
-            lambda: jax.eval_shape(lambda: layer(experts=2048)),
+            layer,
+            {"activation": "swiglu_oai"},
+            "an expert's gate and up have different global scales, and one limit clamps both: "
+            "quantize_experts(..., shared_scale=True)",
+        ),
+        (
+            lambda: shapes(2048),
             {},
             "a device has 2048 experts: it takes fewer than 2048",
         ),
