@@ -291,6 +291,8 @@ def gemm2(
         tensor(I32, 1),
         tensor(F32, tokens, top_k, alignment=SCALE_ALIGNMENT),
     ]
+    # Rows of slots, which the class has as [T * K, H]: in three dimensions, as a size that is a
+    # product of two others is not checked.
     shape = (tokens, columns) if finalize else (tokens, top_k, columns)
     output = tensor(BF16, *shape, alignment=DATA_ALIGNMENT)
     if per_token:
