@@ -196,7 +196,7 @@ def trtllm(
     type=click.Choice(["all", "default"]),
     default="all",
     show_default=True,
-    help="All kernels that FlashInfer chooses from, or the two that it takes if nothing was tuned.",
+    help="All kernels that FlashInfer chooses from, or those that it takes if nothing was tuned.",
 )
 @click.option(
     "--python",

@@ -29,6 +29,18 @@ else:
 REQUIRED = ("flashinfer-python", "nvidia-cutlass-dsl", "apache-tvm-ffi")
 KERNELS = Path(__file__).resolve().with_name("_cute_dsl_kernels.py")
 LIBRARY = "cute_dsl_moe.so"
+CLASSES = "flashinfer.fused_moe.cute_dsl.blackwell"
+# Packages that are entered without being run.
+UNOPENED = (
+    "flashinfer",
+    "flashinfer.fused_moe",
+    "flashinfer.fused_moe.cute_dsl",
+    "flashinfer.cute_dsl",
+    "flashinfer.jit",
+    "flashinfer.quantization",
+)
+# As `cute_dsl` makes them.
+NAME = re.compile(r"gemm([12])_(\w+)_(static|per_token)_t(\d+)_n(\d+)(?:_c(\d+))?_sm(\d+a)")
 
 
 def main() -> None:
@@ -52,10 +64,10 @@ def make(functions: dict[str, list[str]], workspace: Path, tell: Tell) -> dict[s
     missing = {name: path for name, path in kept.items() if not path.exists()}
     if missing:
         tell(stage="importing CuTe-DSL and FlashInfer's kernels")
-        kernels, classes = import_kernels()
+        kernels, classes = import_kernels(workspace)
         tell(stage="compiling")
         for done, (name, path) in enumerate(missing.items(), 1):
-            compile_one(kernels, classes, name, path)
+            compile_one(kernels, classes, found["flashinfer-python"], name, path)
             tell(done=done, of=len(missing))
     runtime = find_runtime()
     tell(stage="linking")
@@ -101,23 +113,29 @@ def host() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def import_kernels() -> tuple[ModuleType, ModuleType]:
+def import_kernels(workspace: Path) -> tuple[ModuleType, ModuleType]:
     """Ours, and FlashInfer's package of kernel classes.
 
-    The latter by its path: it needs CuTe-DSL alone, and the modules above it much else.
+    The latter without what packages above and beside it do when they are imported, which needs
+    much that is not needed here, triton for one. 0.7.2's classes import enumerations and helpers
+    from there, and what those import writes into FlashInfer's workspace.
     """
-    directory = package("flashinfer") / "fused_moe" / "cute_dsl" / "blackwell"
-    classes = load("flashinfer_kernels", directory / "__init__.py", directory)
+    os.environ["FLASHINFER_WORKSPACE_BASE"] = str(workspace)
+    root = package("flashinfer")
+    for name in UNOPENED:
+        sys.modules[name] = module = ModuleType(name)
+        module.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+    file = root.joinpath(*CLASSES.split(".")[1:], "__init__.py")
+    if not file.is_file():
+        raise Failure(f"{file}, FlashInfer's CuTe-DSL kernels, is not there", "install")
+    classes = importlib.import_module(CLASSES)
     return load("cute_dsl_kernels", KERNELS), classes
 
 
-def load(name: str, file: Path, *directories: Path) -> ModuleType:
-    """A module, or a package, by its path."""
-    spec = importlib.util.spec_from_file_location(
-        name, file, submodule_search_locations=list(map(str, directories)) or None
-    )
-    if spec is None or spec.loader is None or not file.is_file():
-        raise Failure(f"{file}, FlashInfer's CuTe-DSL kernels, is not there", "install")
+def load(name: str, file: Path) -> ModuleType:
+    """A module by its path."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, file
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -133,20 +151,19 @@ def scratch(workspace: Path) -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
-def compile_one(kernels: Any, classes: ModuleType, name: str, path: Path) -> None:
+def compile_one(kernels: Any, classes: ModuleType, version: str, name: str, path: Path) -> None:
     """Compiles one function, and keeps its object and, to be looked at, its PTX."""
-    match = re.fullmatch(
-        r"gemm([12])_(?:silu|finalize)_static_t(\d+)_n(\d+)(?:_c(\d+))?_sm(\d+a)", name
-    )
+    match = NAME.fullmatch(name)
     assert match is not None, name
-    gemm, tile, n, cluster_n, arch = match.groups()
+    gemm, what, scheme, tile, n, cluster_n, arch = match.groups()
     begun = time.monotonic()
     with scratch(path.parents[1]) as new:
         options = f"--gpu-arch sm_{arch} --keep-ptx --dump-dir={new}"
+        common = classes, version, what, scheme, int(tile), int(n)
         if gemm == "1":
-            compiled = kernels.gemm1(classes, int(tile), int(n), options)
+            compiled = kernels.gemm1(*common, options)
         else:
-            compiled = kernels.gemm2(classes, int(tile), int(n), int(cluster_n), options)
+            compiled = kernels.gemm2(*common, int(cluster_n), options)
         compiled.export_to_c(str(new / path.name), name)
         for ptx in new.glob("*.ptx"):
             ptx.replace(path.with_suffix(".ptx"))

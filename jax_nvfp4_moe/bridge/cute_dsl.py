@@ -59,7 +59,10 @@ class Tactic:
     gemm2_cluster_n: int = 1
 
     def fits(self, hidden_size: int, intermediate_size: int, *, gated: bool) -> bool:
-        """Whether padded sizes are whole tiles: 0.6.13 writes whole ones (flashinfer#3957)."""
+        """Whether padded sizes are whole tiles.
+
+        0.6.13 writes whole ones (flashinfer#3957), and so does the first GEMM of 0.7.2.
+        """
         columns = self.gemm2_n * self.gemm2_cluster_n
         rows = (2 if gated else 1) * intermediate_size
         return rows % self.gemm1_n == 0 and hidden_size % columns == 0

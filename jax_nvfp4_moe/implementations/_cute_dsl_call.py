@@ -120,7 +120,7 @@ class _Layer:
         if not self.callee.variant.finalize:
             # Rows of others' experts were not written.
             here = (ids >= 0) & (ids < experts.num_experts)
-            rows = jnp.where(here[..., None], y.reshape(*ids.shape, -1), 0)
+            rows = jnp.where(here[..., None], y, 0)
             y = self.recipe.combine(rows.astype(jnp.float32), weights)
         return y[:, : experts.hidden_size]
 
@@ -172,7 +172,7 @@ class _Layer:
         permutation: Permutation,
         weights: Float32[Array, "T K"],
     ) -> Array:
-        """The output [T, H], or rows [T * K, H]."""
+        """The output [T, H], or rows [T, K, H]."""
         experts = self.experts
         columns = experts.w2.shape[-2]
         own: dict[str, Argument] = {}
@@ -194,7 +194,7 @@ class _Layer:
                 # The kernel adds to what is there.
                 InOut(jnp.zeros((len(weights), columns), jnp.bfloat16))
                 if self.callee.variant.finalize
-                else Output((weights.size, columns), jnp.bfloat16)
+                else Output((*weights.shape, columns), jnp.bfloat16)
             ),
             **own,
         )

@@ -1,20 +1,54 @@
 """An environment with stand-ins for CuTe-DSL and for FlashInfer's kernel classes, to build in.
 
-They have the names that the real ones have (nvidia-cutlass-dsl 4.8.1, flashinfer-python 0.6.13), as
-far as they are used, and compile a line of C++ for each kernel.
+They have the names that the real ones have (nvidia-cutlass-dsl 4.8.1, flashinfer-python 0.6.13 and
+0.7.2.post1), as far as they are used, and compile a line of C++ for each kernel.
 """
 
 from tests.bridge import fake_flashinfer
 from tests.bridge.fake_flashinfer import link, write
 
-CLASSES = """
-class Kernel:
-    def __init__(self, **options):
-        self.options = options
+# Before each class: what the later version's module imports; in it: options that one version has.
+CLASSES = """{imports}
+class BlockScaledContiguousGatherGroupedGemmKernel:
+    def __init__(self, sf_vec_size, mma_tiler_mn, cluster_shape_mn, vectorized_f32, topk,
+                 raster_along_m, enable_pdl, {first}):
+        self.options = {{key: value for key, value in locals().items() if key != "self"}}
 
-BlockScaledContiguousGatherGroupedGemmKernel = Kernel
-Sm100BlockScaledContiguousGroupedGemmFinalizeFusionKernel = Kernel
+class Sm100BlockScaledContiguousGroupedGemmFinalizeFusionKernel:
+    def __init__(self, sf_vec_size, mma_tiler_mn, cluster_shape_mn, raster_along_m, enable_pdl,
+                 {second}):
+        self.options = {{key: value for key, value in locals().items() if key != "self"}}
 """
+VERSIONS = {
+    "0.6.13": CLASSES.format(imports="", first="", second="use_blkred"),
+    "0.7.2.post1": CLASSES.format(
+        imports=(
+            "from flashinfer.tllm_enums import ActivationType\n"
+            "from flashinfer.quantization.quantization_cute_dsl_utils import fast\n"
+            "from ..moe_utils import normalize\n"
+        ),
+        first=(
+            "activation_type=3, swiglu_alpha=1.0, swiglu_beta=0.0, swiglu_limit=3e38, gated=True, "
+            "use_a_per_token_scale=False"
+        ),
+        second="use_a_per_token_scale=False, use_fused_finalize=True",
+    ),
+}
+# What that imports, and packages that must not be run.
+AROUND = {
+    "tllm_enums": "ActivationType = None",
+    "quantization/quantization_cute_dsl_utils": "from ..cute_dsl.fp4_common import fast",
+    "cute_dsl/fp4_common": "fast = None",
+    "fused_moe/cute_dsl/moe_utils": "from ...jit.moe_utils import normalize",
+    "jit/moe_utils": "normalize = None",
+    **{
+        f"{package}__init__": "raise ImportError('imported')"
+        for package in (
+            *("", "fused_moe/", "fused_moe/cute_dsl/"),
+            *("cute_dsl/", "jit/", "quantization/"),
+        )
+    },
+}
 TYPES = """
 BFloat16, Float4E2M1FN, Float8E4M3FN, Float32, Int32, Int64, Uint8 = (
     "bfloat16", "e2m1", "e4m3", "float32", "int32", "int64", "uint8"
@@ -36,8 +70,13 @@ def sym_int64(*, divisibility, symbol):
     return f"{symbol}/{divisibility}"
 
 class Compiled:
-    def __init__(self, kernel, arguments, options):
-        self.line = {"options": options, "arguments": arguments, **kernel.options}
+    def __init__(self, function, kernel, arguments, options):
+        self.line = {
+            "parameters": list(inspect.signature(function).parameters),
+            "arguments": arguments,
+            "options": options,
+            **kernel.options,
+        }
 
     def export_to_c(self, path, name):
         journal = Path(os.environ["FAKE_JOURNAL"])
@@ -60,8 +99,9 @@ class Compiled:
         subprocess.run(command, input=source.encode(), check=True)
 
 def compile(function, *arguments, options):
-    kernel = inspect.getclosurevars(function).nonlocals["kernel"]
-    return Compiled(kernel, arguments, options)
+    launch = inspect.getclosurevars(function).nonlocals["launch"]
+    kernel = inspect.getclosurevars(launch).nonlocals["kernel"]
+    return Compiled(function, kernel, arguments, options)
 """
 CUTE_RUNTIME = """
 def make_fake_compact_tensor(dtype, shape, *, stride_order, assumed_align):
@@ -89,9 +129,8 @@ class Environment(fake_flashinfer.Environment):
         self.install("nvidia-cutlass-dsl", "4.8.1")
         self.package = self.site / "flashinfer"
         for name, text in {
-            "flashinfer/__init__": "raise ImportError('imported')",
+            **{f"flashinfer/{name}": text for name, text in AROUND.items()},
             "flashinfer/fused_moe/cute_dsl/blackwell/__init__": "from .kernels import *",
-            "flashinfer/fused_moe/cute_dsl/blackwell/kernels": CLASSES,
             "cutlass/__init__": TYPES,
             "cutlass/runtime": RUNTIME,
             "cutlass/cute/__init__": CUTE,
@@ -103,3 +142,10 @@ class Environment(fake_flashinfer.Environment):
         for library in (self.runtime, self.site / "tvm_ffi" / "lib" / "libtvm_ffi.so"):
             source = 'extern "C" int cute() { return 5; }'
             link(library, f"-Wl,-soname,{library.name}", source=source)
+        self.install_flashinfer("0.6.13")
+
+    def install_flashinfer(self, version):
+        """One of `VERSIONS`."""
+        self.install("flashinfer-python", version)
+        kernels = self.package / "fused_moe" / "cute_dsl" / "blackwell" / "kernels.py"
+        write(kernels, VERSIONS[version])

@@ -17,8 +17,8 @@ import time
 import click.testing
 import pytest
 
+from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.bridge import build, build_cute_dsl, cute_dsl, library, manifest
-from jax_nvfp4_moe.bridge.cute_dsl import Variant
 from jax_nvfp4_moe.cli import main
 from tests.bridge.device_tensors import call_on_no_device
 from tests.bridge.fake_cute_dsl import Environment
@@ -47,8 +47,8 @@ def compiled(fake):
     return [each["name"] for each in fake.asked()]
 
 
-def functions(arch, tactics="all"):
-    return list(cute_dsl.functions("0.6.13", tactics, (arch,)))
+def functions(arch, tactics="all", version="0.6.13"):
+    return list(cute_dsl.functions(version, tactics, (arch,)))
 
 
 def test_names():
@@ -60,6 +60,20 @@ def test_names():
     assert len(set(names)) == len(names) == 12
     assert names[3] == "gemm1_silu_static_t256_n256_sm100a"
     assert names[-1] == "gemm2_finalize_static_t256_n256_c2_sm100a"
+    assert functions("10.3a", "default", "0.7.2.post1") == [
+        *(
+            f"gemm1_{activation}_{scheme}_t128_n128_sm103a"
+            for activation in ("silu", "swiglu_oai", "gelu_tanh", "relu2")
+            for scheme in ("static", "per_token")
+        ),
+        *(
+            f"gemm2_{what}_{scheme}_t128_n128_c1_sm103a"
+            for scheme in ("static", "per_token")
+            for what in ("finalize", "rows")
+        ),
+    ]
+    names = functions("10.0a", version="0.7.2.post1")
+    assert len(set(names)) == len(names) == 64
 
 
 def test_builds(fake):
@@ -91,22 +105,83 @@ def test_builds(fake):
     assert not (fake.cache / "cute_dsl" / "new").exists()
 
 
+def compiled_by_name(fake, version, *arguments):
+    fake.install_flashinfer(version)
+    code, _, err = run("--python", fake.python, "--arch", "100a", *arguments)
+    assert code == 0, err
+    return {each["name"]: each for each in fake.asked()}
+
+
 def test_what_is_compiled(fake):
     """Tilings, clusters and the sizes that the generated checks hold calls to."""
-    run("--python", fake.python, "--arch", "100a")
-    by_name = {each["name"]: each for each in fake.asked()}
+    by_name = compiled_by_name(fake, "0.6.13")
     gemm1 = by_name["gemm1_silu_static_t256_n128_sm100a"]
     assert (gemm1["mma_tiler_mn"], gemm1["cluster_shape_mn"]) == ([256, 128], [2, 1])
     assert (gemm1["topk"], gemm1["sf_vec_size"], gemm1["enable_pdl"]) == (1, 16, False)
     assert gemm1["options"].startswith("--enable-tvm-ffi --gpu-arch sm_100a --keep-ptx")
     assert gemm1["arguments"][1] == ["uint8", ["E/1", "2I/128", "H/2/128"], 32]
     assert gemm1["arguments"][2] == ["e4m3", ["T/1", "H/16/16"], 16]
-    assert len(gemm1["arguments"]) == len(cute_dsl.gemm1_parameters(Variant())) + 1  # the stream
     gemm2 = by_name["gemm2_finalize_static_t128_n256_c2_sm100a"]
     assert (gemm2["mma_tiler_mn"], gemm2["cluster_shape_mn"]) == ([128, 256], [1, 2])
     assert (gemm2["use_blkred"], gemm2["enable_pdl"]) == (True, False)
     assert gemm2["arguments"][1] == ["uint8", ["E/1", "H/512", "I/2/32"], 32]
-    assert len(gemm2["arguments"]) == len(cute_dsl.gemm2_parameters(Variant())) + 1
+
+
+def test_what_is_compiled_of_later_versions(fake):
+    """Beside tilings: activations, in numbers of FlashInfer's, scales and what is written."""
+    by_name = compiled_by_name(fake, "0.7.2.post1", "--tactics", "default")
+    types = {"silu": 3, "swiglu_oai": 3, "gelu_tanh": 8, "relu2": 6}
+    for variant in cute_dsl.VERSIONS["0.7.2.post1"]:
+        gemm1 = by_name[cute_dsl.gemm1(variant, cute_dsl.Tactic(), "10.0a")]
+        activation = Activation(variant.activation)
+        assert gemm1["activation_type"] == types[variant.activation]
+        assert gemm1["gated"] == activation.gated
+        assert gemm1["use_a_per_token_scale"] == (variant.scheme == "per_token")
+        if activation.name == "swiglu_oai":
+            constants = activation.alpha, activation.beta, activation.limit
+        else:
+            constants = 1.0, 0.0, 3e38
+        names = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
+        assert tuple(gemm1[name] for name in names) == constants
+        gemm2 = by_name[cute_dsl.gemm2(variant, cute_dsl.Tactic(), "10.0a")]
+        assert gemm2["use_a_per_token_scale"] == (variant.scheme == "per_token")
+        assert gemm2["use_fused_finalize"] == variant.finalize
+    gemm1 = by_name["gemm1_relu2_per_token_t128_n128_sm100a"]
+    assert gemm1["arguments"][1] == ["uint8", ["E/1", "I/128", "H/2/128"], 32]
+    assert gemm1["arguments"][9:11] == [
+        ["float32", ["T/1"], None],
+        ["bfloat16", ["M/128", "I/128"], 32],
+    ]
+    gemm2 = by_name["gemm2_rows_per_token_t128_n128_c1_sm100a"]
+    assert gemm2["arguments"][10:12] == [
+        ["float32", ["M/128"], None],
+        ["bfloat16", ["T/1", "K/1", "H/128"], 32],
+    ]
+
+
+@pytest.mark.parametrize("version", cute_dsl.VERSIONS)
+def test_parameters(fake, version):
+    """In the order that calls have them; and then the stream."""
+    by_name = compiled_by_name(fake, version, "--tactics", "default")
+    for variant in cute_dsl.VERSIONS[version]:
+        for gemm, parameters in (
+            (cute_dsl.gemm1, cute_dsl.gemm1_parameters(variant)),
+            (cute_dsl.gemm2, cute_dsl.gemm2_parameters(variant)),
+        ):
+            function = by_name[gemm(variant, cute_dsl.Tactic(), "10.0a")]
+            assert function["parameters"] == [*parameters, "stream"]
+            assert len(function["arguments"]) == len(parameters) + 1
+
+
+def test_two_versions(fake):
+    """Each has objects of its own under one name, and a module."""
+    arguments = ("--tactics", "default", "--arch", "10.0a")
+    run("--python", fake.python, *arguments)
+    fake.install_flashinfer("0.7.2.post1")
+    run("--python", fake.python, *arguments)
+    names = functions("10.0a", "default", "0.7.2.post1")
+    assert compiled(fake) == [*functions("10.0a", "default"), *names]
+    assert [each.name for each in manifest.read()] == ["cute_dsl-0.6.13", "cute_dsl-0.7.2.post1"]
 
 
 def test_again_compiles_nothing(fake):
@@ -280,14 +355,15 @@ def test_kernels_that_are_not_where_they_were(fake):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """All kernels for SM100, and FlashInfer's default ones for SM103."""
+    """All kernels for SM100, and those of FlashInfer's default tactic for SM103."""
     for name in ("flashinfer", "nvidia_cutlass_dsl", "tvm_ffi"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"needs {name}")
     if importlib.metadata.version("flashinfer-python") not in cute_dsl.VERSIONS:
         pytest.skip(f"needs flashinfer-python {' or '.join(cute_dsl.VERSIONS)}")
     cache = tmp_path_factory.mktemp("cache")
-    build_cute_dsl.build_cute_dsl(("10.3a",), tactics="default", cache=cache)
+    built = build_cute_dsl.build_cute_dsl(("10.3a",), tactics="default", cache=cache)
+    print(f"default, for 10.3a: {built.seconds} s")
     return build_cute_dsl.build_cute_dsl(("10.0a",), cache=cache), cache
 
 
@@ -295,14 +371,16 @@ def real(tmp_path_factory):
 def test_all_kernels_compile(real):
     built, cache = real
     for arch, tactics in (("10.0a", "all"), ("10.3a", "default")):
-        for name in functions(arch, tactics):
+        for name in functions(arch, tactics, built.module.version):
             (ptx,) = (cache / "cute_dsl" / "objects").glob(f"{name}-*.ptx")
             text = ptx.read_text()
             assert f".target sm_{arch.replace('.', '')}" in text
             group = 2 if "_t256_" in name else 1
             mma = f"tcgen05.mma.cta_group::{group}.kind::mxf4nvf4.block_scale.block16"
             assert mma in text, name
-    print(f"{built.seconds} s")
+            adds = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16" in text
+            assert adds == ("_finalize_" in name), name
+    print(f"all, for 10.0a: {built.seconds} s")
 
 
 @pytest.mark.flashinfer
@@ -322,26 +400,53 @@ def test_the_library_opens(real):
 
 T, H, I, E, K, TILES = 5, 512, 256, 3, 2, 4  # noqa: E741
 M = TILES * 128
-GEMM1 = [
-    ("uint8", T, H // 2), ("uint8", E, 2 * I, H // 2), ("e4m3", T, H // 16),
-    ("e4m3", E, 2 * I, H // 16), ("float32", E), ("int32", TILES), ("int32", TILES), ("int32", M),
-    ("int32", 1), ("float32", 1), ("uint8", M, I // 2), ("e4m3", M, I // 16),
-]  # fmt: skip
-GEMM2 = [
-    ("uint8", M, I // 2), ("uint8", E, H, I // 2), ("e4m3", M, I // 16), ("e4m3", E, H, I // 16),
-    ("float32", E), ("int32", TILES), ("int32", TILES), ("int32", M), ("int32", 1),
-    ("float32", T, K), ("bfloat16", T, H),
-]  # fmt: skip
+
+
+def gemm1_of(rows, *own):
+    """Types and sizes for a first GEMM with these rows of w1."""
+    return [
+        ("uint8", T, H // 2), ("uint8", E, rows, H // 2), ("e4m3", T, H // 16),
+        ("e4m3", E, rows, H // 16), ("float32", E), ("int32", TILES), ("int32", TILES),
+        ("int32", M), ("int32", 1), *own,
+    ]  # fmt: skip
+
+
+def gemm2_of(*own):
+    return [
+        ("uint8", M, I // 2), ("uint8", E, H, I // 2), ("e4m3", M, I // 16),
+        ("e4m3", E, H, I // 16), ("float32", E), ("int32", TILES), ("int32", TILES), ("int32", M),
+        ("int32", 1), ("float32", T, K), *own,
+    ]  # fmt: skip
+
+
+FP4 = ("float32", 1), ("uint8", M, I // 2), ("e4m3", M, I // 16)
+BF16 = ("float32", T), ("bfloat16", M, I)
+SUM, ROWS = ("bfloat16", T, H), ("bfloat16", T, K, H)
+SILU, RELU2 = "gemm1_silu_static_t128_n128_sm100a", "gemm1_relu2_static_t128_n128_sm100a"
+OWN, RELU2_OWN = SILU.replace("static", "per_token"), RELU2.replace("static", "per_token")
+FINALIZE = "gemm2_finalize_static_t128_n128_c1_sm100a"
+SLOTS, SLOTS_OWN = (f"gemm2_rows_{each}_t128_n128_c1_sm100a" for each in ("static", "per_token"))
 FUNCTIONS = {
-    "gemm1_silu_static_t128_n128_sm100a": GEMM1,
-    "gemm2_finalize_static_t128_n128_c1_sm100a": GEMM2,
+    SILU: gemm1_of(2 * I, *FP4),
+    FINALIZE: gemm2_of(SUM),
+    RELU2: gemm1_of(I, *FP4),
+    OWN: gemm1_of(2 * I, *BF16),
+    RELU2_OWN: gemm1_of(I, *BF16),
+    SLOTS: gemm2_of(ROWS),
+    SLOTS_OWN: gemm2_of(("float32", M), ROWS),
 }
+
+
+def has(real, name):
+    if name not in real[0].module.functions:
+        pytest.skip(f"needs a later version of FlashInfer, for {name}")
 
 
 @pytest.mark.flashinfer
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_calls_that_fit_reach_the_driver(real, name):
     """Which is not there: the error of the control for what the checks below refuse."""
+    has(real, name)
     if ctypes.util.find_library("cuda"):
         pytest.skip("there is a driver")
     kind, text = call_on_no_device(real[0].module, name, FUNCTIONS[name])
@@ -354,20 +459,28 @@ def test_calls_that_fit_reach_the_driver(real, name):
 @pytest.mark.parametrize(
     ("name", "index", "tensor", "said"),
     [
-        ("gemm1_silu_static_t128_n128_sm100a", 2, ("uint8", T, H // 16), "float8_e4m3fn"),
-        ("gemm1_silu_static_t128_n128_sm100a", 4, ("float32", E + 1), "alpha"),
-        ("gemm1_silu_static_t128_n128_sm100a", 1, ("uint8", E, 2 * I + 64, H // 2), "w1"),
-        ("gemm1_silu_static_t128_n128_sm100a", 7, ("int32", M - 64), "token_ids"),
-        ("gemm1_silu_static_t128_n128_sm100a", 6, ("int32", TILES + 1), "tile_idx_to_mn_limit"),
-        ("gemm1_silu_static_t128_n128_sm100a", 8, ("int32", 2), "num_non_exiting_tiles"),
-        ("gemm1_silu_static_t128_n128_sm100a", 0, ("uint8", T, H // 2 - 64), "hidden_states"),
-        ("gemm2_finalize_static_t128_n128_c1_sm100a", 10, ("float32", T, H), "output"),
-        ("gemm2_finalize_static_t128_n128_c1_sm100a", 10, ("bfloat16", T + 1, H), "output"),
-        ("gemm2_finalize_static_t128_n128_c1_sm100a", 1, ("uint8", E, H + 64, I // 2), "w2"),
-        ("gemm2_finalize_static_t128_n128_c1_sm100a", 9, ("float32", T * K), "token_final_scales"),
+        (SILU, 2, ("uint8", T, H // 16), "float8_e4m3fn"),
+        (SILU, 4, ("float32", E + 1), "alpha"),
+        (SILU, 1, ("uint8", E, 2 * I + 64, H // 2), "w1"),
+        (SILU, 7, ("int32", M - 64), "token_ids"),
+        (SILU, 6, ("int32", TILES + 1), "tile_idx_to_mn_limit"),
+        (SILU, 8, ("int32", 2), "num_non_exiting_tiles"),
+        (SILU, 0, ("uint8", T, H // 2 - 64), "hidden_states"),
+        (OWN, 9, ("float32", T + 1), "per_token_scales"),
+        (OWN, 10, ("bfloat16", M, I + 32), "out"),
+        (OWN, 10, ("uint8", M, I), "bfloat16"),
+        (RELU2_OWN, 10, ("bfloat16", M, I + 128), "out"),
+        (FINALIZE, 10, ("float32", T, H), "output"),
+        (FINALIZE, 10, ("bfloat16", T + 1, H), "output"),
+        (FINALIZE, 1, ("uint8", E, H + 64, I // 2), "w2"),
+        (FINALIZE, 9, ("float32", T * K), "token_final_scales"),
+        (SLOTS, 10, ("bfloat16", T, K + 1, H), "output"),
+        (SLOTS, 10, ("bfloat16", T * K, H), "output"),
+        (SLOTS_OWN, 10, ("float32", M + 1), "per_row_scales"),
     ],
 )
 def test_calls_that_do_not_fit(real, name, index, tensor, said):
+    has(real, name)
     tensors = list(FUNCTIONS[name])
     tensors[index] = tensor
     kind, text = call_on_no_device(real[0].module, name, tensors)
@@ -377,15 +490,13 @@ def test_calls_that_do_not_fit(real, name, index, tensor, said):
 
 @pytest.mark.flashinfer
 def test_too_few_arguments(real):
-    for name, tensors in FUNCTIONS.items():
-        kind, text = call_on_no_device(real[0].module, name, tensors[:-1])
-        assert (kind, f"Expects {len(tensors)} parameters" in text) == ("TypeError", True)
+    for name in set(FUNCTIONS) & set(real[0].module.functions):
+        kind, text = call_on_no_device(real[0].module, name, FUNCTIONS[name][:-1])
+        assert (kind, f"Expects {len(FUNCTIONS[name])} parameters" in text) == ("TypeError", True)
 
 
 @pytest.mark.flashinfer
 def test_alignment(real):
     for offset, passes in ((16, False), (32, True)):
-        kind, text = call_on_no_device(
-            real[0].module, "gemm1_silu_static_t128_n128_sm100a", GEMM1, offset
-        )
+        kind, text = call_on_no_device(real[0].module, SILU, FUNCTIONS[SILU], offset)
         assert ("align" not in text) == passes, (kind, text)
