@@ -1,9 +1,9 @@
 """Builds FlashInfer's CuTe-DSL kernels, as the package does, and what they are to run on.
 
 The library that the package makes is linked to libcute_dsl_runtime.so of nvidia-cutlass-dsl, which
-has a CUDA runtime in itself, and that one examines the driver: no stand-in gets past it, nor should
-it. Beside it lies an archive of the same functions that takes its CUDA runtime from outside. Made
-into a library of the same name, loaded before, it gets the stand-in's.
+has a CUDA runtime in itself, and that one examines the driver: a stand-in would have to forge
+the result (README.md). Beside it lies an archive of the same functions that takes its CUDA runtime
+from outside. Made into a library of the same name, and loaded before, it gets the stand-in's.
 """
 
 import tempfile

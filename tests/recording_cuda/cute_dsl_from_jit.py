@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import itertools
 import os
+import struct
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -366,6 +367,46 @@ def check_refused() -> None:
     present_host_as(CUDA, STREAM)
     assert called(function, second()) == ""
     assert [e["call"] for e in runtime.entries()].count("launch") == 2
+
+
+def check_driver() -> None:
+    """The stand-in refuses what a driver would: so that what it lets pass means something."""
+    program = partial(run_on, callee(Tactic()), Case(4, 2, 4, 256, 64).call())
+    arguments = Case(4, 2, 4, 256, 64, layout="cute_dsl").arguments()
+    name = run(jax.jit(program), arguments).recording.launches[0].name.encode()
+    contents = manifest.cute_dsl.module.read_bytes()
+    image = contents[contents.index(b"\x50\xed\x55\xba") :]  # the first function's fat binary
+    cuda, library_, kernel = runtime.library, ctypes.c_void_p(), ctypes.c_void_p()
+    none = (None, None, 0)
+
+    def load() -> int:
+        return cuda.cudaLibraryLoadData(ctypes.byref(library_), image, *none, *none)
+
+    for mode, status in ((0, 900), (1, 900), (2, 0)):  # global, thread-local, relaxed
+        stream, graph = ctypes.c_void_p(STREAM), ctypes.c_void_p()
+        assert cuda.cudaStreamBeginCapture(stream, mode) == 0
+        assert load() == status, mode
+        assert cuda.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
+    assert cuda.cudaLibraryGetKernel(ctypes.byref(kernel), library_, b"no such kernel") == 500
+    assert cuda.cudaLibraryGetKernel(ctypes.byref(kernel), library_, name) == 0
+
+    def launch(shared: int, cluster: int) -> int:
+        attribute = struct.pack("<i4x3I52x", 4, cluster, 1, 1)
+        kept = ctypes.create_string_buffer(attribute, len(attribute))
+        config = struct.pack("<6IQQQI4x", 3, 1, 1, 384, 1, 1, shared, 0, ctypes.addressof(kept), 1)
+        anything = ctypes.create_string_buffer(4096)
+        parameters = (ctypes.c_void_p * 64)(*[ctypes.addressof(anything)] * 64)
+        return cuda.cudaLaunchKernelExC(config, kernel, parameters)
+
+    set_for = cuda.cudaKernelSetAttributeForDevice
+    assert [launch(48 << 10, 1), launch((48 << 10) + 1, 1)] == [0, 1]
+    assert [set_for(kernel, 8, 232449, 0), set_for(kernel, 8, 232448, 0)] == [1, 0]
+    assert [launch(232448, 1), launch(232448, 3), launch(232448, 2)] == [0, 0, 912]
+    assert cuda.cudaSetDevice(1) == 0
+    assert launch(232448, 1) == 1
+    assert cuda.cudaSetDevice(0) == 0
+    assert cuda.cudaLibraryUnload(library_) == 0
+    assert launch(0, 1) == 98
 
 
 def main() -> None:

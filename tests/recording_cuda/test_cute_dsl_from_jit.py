@@ -39,7 +39,9 @@ def run(check):
     )
 
 
-@pytest.mark.parametrize("check", ["tactics", "models", "sizes", "shares", "miswired", "refused"])
+@pytest.mark.parametrize(
+    "check", ["models", "tactics", "sizes", "shares", "miswired", "refused", "driver"]
+)
 def test_check(built, check):
     done = run(check)
     assert done.returncode == 0, done.stderr
