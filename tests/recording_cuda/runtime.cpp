@@ -1,6 +1,6 @@
 // A stand-in for libcudart.so.13 and libcuda.so.1 that runs nothing and writes down every launch.
 //
-// It has what FlashInfer 0.6.13's TRTLLM-Gen MoE module imports. Loaded before that module, it lets
+// It has what FlashInfer's TRTLLM-Gen MoE module and CuTe-DSL's runtime import. Loaded before, it lets
 // the module's host code run unchanged on a machine without a GPU: checks, choice of kernels,
 // workspace, tensor maps, launches. "Device" memory is whatever addresses the caller hands in;
 // nothing here ever dereferences one. A call that would have to read or write device memory, to

@@ -28,8 +28,9 @@ def built():
 
 
 def run(check):
+    module, name = check.split()
     return subprocess.run(
-        [sys.executable, "-m", "tests.recording_cuda.cute_dsl_from_jit", check],
+        [sys.executable, "-m", f"tests.recording_cuda.{module}", name],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -39,9 +40,13 @@ def run(check):
     )
 
 
-@pytest.mark.parametrize(
-    "check", ["models", "tactics", "sizes", "shares", "miswired", "refused", "driver"]
-)
+CHECKS = [
+    *(f"cute_dsl_from_jit {name}" for name in ("models", "sizes", "tactics", "shares", "miswired")),
+    *(f"cute_dsl_refused {name}" for name in ("arguments", "driver")),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_check(built, check):
     done = run(check)
     assert done.returncode == 0, done.stderr
