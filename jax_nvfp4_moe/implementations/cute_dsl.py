@@ -32,7 +32,7 @@ from jax_nvfp4_moe.routing import Routing, route
 from jax_nvfp4_moe.tuning import Layer, look_up
 
 # How far it is believed: docs/bridge.md has the five steps.
-_EVIDENCE = "evidence 2 of 5: its kernels compile, it has never run on a GPU"
+_EVIDENCE = "evidence 3 of 5: its launches were recorded, it has never run on a GPU"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,6 @@ headers, in which two things are changed (`SUBSTITUTIONS`): all else of it is it
 
 import argparse
 import concurrent.futures
-import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -26,18 +24,19 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from .build_cute_dsl import build_cute_dsl
+from .building import FLAGS, HERE, digest, file_entry, locked, run
 from .manifest import MANIFEST, default_cache
 
 # torch first, and its CPU build (where pip's index has others too: with the option --index-url
 # https://download.pytorch.org/whl/cpu). Of nvrtc, cublas and curand only the headers are needed.
-INSTALL = "pip install torch==2.13.0 && pip install '.[flashinfer]'"
+INSTALL = "pip install torch==2.13.0 && pip install '.[cli,flashinfer]'"
 
 MODULE = "fused_moe_trtllm_sm100"
 DISTRIBUTIONS = (
@@ -52,13 +51,21 @@ DISTRIBUTIONS = (
     "nvidia-cublas",
     "nvidia-curand",
 )
+# Beside these, for CuTe-DSL's kernels, which the package builds; not of what TRTLLM-Gen is made of.
+CUTE_DSL = ("jax", "rich", "nvidia-cutlass-dsl")
 
-HERE = Path(__file__).parent
 FFI = HERE.parents[1] / "ffi"
-RUNTIME_SOURCES = ("runtime.cpp", "driver.cpp", "state.cpp", "cubins.cpp", FFI / "sha256.cc")
+RUNTIME_SOURCES = (
+    "runtime.cpp",
+    "driver.cpp",
+    "libraries.cpp",
+    "refused.cpp",
+    "state.cpp",
+    "cubins.cpp",
+    FFI / "sha256.cc",
+)
 RUNTIME_HEADERS = ("cuda_types.h", "images.h", "log.h", "state.h", "symbols.map", FFI / "sha256.h")
 SPY_SOURCES = ("spy.cpp", "log.h")
-RUNTIME_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 HOST_FLAGS = ("-O0", "-w")
 # What FlashInfer sets that ours replace.
 REPLACED = re.compile(r"-gencode=.*|-O3|-Xfatbin=-compress-all|--?compress-mode=size")
@@ -77,19 +84,19 @@ class Release:
 
     Attributes:
         cubins: the version of flashinfer-cubin.
-        runtime_sources: of the stand-in, beyond RUNTIME_SOURCES.
+        cute_dsl: whether its CuTe-DSL kernels are built too.
         substitutions: what is changed in the headers of flashinfer-cubin: a file, what it has and
             what it gets instead.
     """
 
     cubins: str
-    runtime_sources: tuple[str, ...] = ()
+    cute_dsl: bool = False
     substitutions: tuple[tuple[str, str, str], ...] = ()
 
 
 RELEASES = {
-    "0.6.13": Release("0.6.13"),
-    "0.7.2.post1": Release("0.6.13", ("graphs.cpp",), SUBSTITUTIONS),
+    "0.6.13": Release("0.6.13", cute_dsl=True),
+    "0.7.2.post1": Release("0.6.13", substitutions=SUBSTITUTIONS),
 }
 
 
@@ -101,29 +108,29 @@ def nvcc_flags(arch: str) -> tuple[str, ...]:
 
 def versions() -> dict[str, str]:
     """The versions of what the build reads. Exits, saying what to install, if anything lacks."""
-    found, lacking = {}, []
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            lacking.append(name)
-    if lacking:
-        sys.exit(f"{sys.executable} lacks {', '.join(lacking)}. In a new environment:\n  {INSTALL}")
+    found = required(DISTRIBUTIONS)
     release = RELEASES.get(found["flashinfer-python"])
     if release is None:
         known = ", ".join(RELEASES)
         sys.exit(f"flashinfer-python is {found['flashinfer-python']}; this builds {known} only")
     if found["flashinfer-cubin"] != release.cubins:
         sys.exit(f"flashinfer-cubin is {found['flashinfer-cubin']}, not {release.cubins}")
+    if release.cute_dsl:
+        required(CUTE_DSL)
     return found
 
 
-def digest(*parts: str | bytes) -> str:
-    sha256 = hashlib.sha256()
-    for part in parts:
-        sha256.update(part.encode() if isinstance(part, str) else part)
-        sha256.update(b"\0")
-    return sha256.hexdigest()[:16]
+def required(names: tuple[str, ...]) -> dict[str, str]:
+    """The versions of distributions."""
+    found, lacking = {}, []
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            lacking.append(name)
+    if lacking:
+        sys.exit(f"{sys.executable} lacks {', '.join(lacking)}. In a new environment:\n  {INSTALL}")
+    return found
 
 
 def package_directory(name: str) -> Path:
@@ -133,41 +140,20 @@ def package_directory(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-@contextlib.contextmanager
-def locked(cache: Path):
-    """Holds the cache for this process; a second build waits, and then finds everything built."""
-    with (cache / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another build in {cache}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def run(command: list[str]) -> float:
-    """Runs one compiler or linker; returns the seconds it took, or exits with what it said."""
-    begun = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}\nfailed: {done.returncode}")
-    return time.monotonic() - begun
-
-
-def build_runtime(cache: Path, more: tuple[str, ...]) -> Path:
+def build_runtime(cache: Path) -> Path:
     """The stand-in for libcudart.so.13 and libcuda.so.1. A few seconds."""
-    files = [HERE / name for name in (*RUNTIME_SOURCES, *more, *RUNTIME_HEADERS)]
-    key = digest(*(file.read_bytes() for file in files), *RUNTIME_FLAGS)
+    files = [HERE / name for name in (*RUNTIME_SOURCES, *RUNTIME_HEADERS)]
+    key = digest(*(file.read_bytes() for file in files), *FLAGS)
     target = cache / f"runtime-{key}" / "libcudart.so.13"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         made = Path(scratch) / target.name
-        sources = [f"-I{FFI}", *(str(HERE / name) for name in (*RUNTIME_SOURCES, *more))]
+        sources = [f"-I{FFI}", *(str(HERE / name) for name in RUNTIME_SOURCES)]
         script = f"-Wl,--version-script={HERE / 'symbols.map'}"
         link = ["-shared", "-Wl,-soname,libcudart.so.13", script, "-Wl,-z,defs", "-ldl"]
-        seconds = run(["g++", *RUNTIME_FLAGS, *sources, "-o", str(made), *link])
+        seconds = run(["g++", *FLAGS, *sources, "-o", str(made), *link])
         made.replace(target)
     # The names that -lcudart and -lcuda look for.
     for name in ("libcudart.so", "libcuda.so"):
@@ -180,7 +166,7 @@ def build_runtime(cache: Path, more: tuple[str, ...]) -> Path:
 def build_spy(cache: Path, module: Path, runtime: Path) -> Path:
     """What stands between a caller and the module (spy.cpp). A few seconds."""
     parts = [(HERE / name).read_bytes() for name in SPY_SOURCES]
-    key = digest(*parts, *RUNTIME_FLAGS, str(module), str(runtime))
+    key = digest(*parts, *FLAGS, str(module), str(runtime))
     target = cache / f"spy-{key}" / f"{MODULE}_spy.so"
     if target.exists():
         return target
@@ -189,7 +175,7 @@ def build_spy(cache: Path, module: Path, runtime: Path) -> Path:
         made = Path(scratch) / target.name
         # Linked by its path, under which it is found again; nothing of it is named in the source.
         link = ["-shared", "-Wl,--no-as-needed", str(module), f"-L{runtime.parent}", "-lcudart"]
-        run(["g++", *RUNTIME_FLAGS, str(HERE / SPY_SOURCES[0]), "-o", str(made), *link, "-ldl"])
+        run(["g++", *FLAGS, str(HERE / SPY_SOURCES[0]), "-o", str(made), *link, "-ldl"])
         made.replace(target)
     return target
 
@@ -283,10 +269,6 @@ def build_module(
     return target, seconds
 
 
-def file_entry(path: Path) -> dict[str, str]:
-    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
 def build(cache: Path, arch: str, jobs: int) -> Path:
     """Builds what is not built yet, and returns the path of the manifest."""
     found = versions()
@@ -297,7 +279,7 @@ def build(cache: Path, arch: str, jobs: int) -> Path:
         inputs.append(release.substitutions)
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache):
-        runtime = build_runtime(cache, release.runtime_sources)
+        runtime = build_runtime(cache)
         key = digest(json.dumps(inputs))
         module, seconds = build_module(cache, arch, key, runtime, jobs, release)
         spy = build_spy(cache, module, runtime)
@@ -310,6 +292,7 @@ def build(cache: Path, arch: str, jobs: int) -> Path:
             "runtime": file_entry(runtime),
             "module": file_entry(module),
             "spy": file_entry(spy),
+            "cute_dsl": build_cute_dsl(cache, arch, runtime) if release.cute_dsl else None,
             "tvm_ffi": file_entry(package_directory("tvm_ffi") / "lib" / "libtvm_ffi.so"),
             "cubin_directory": str(package_directory("flashinfer_cubin") / "cubins"),
         }

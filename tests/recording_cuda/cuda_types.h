@@ -48,6 +48,7 @@ enum {  // driver_types.h cudaError and cuda.h CUresult; the numbers agree where
   kInvalidImage = 200,
   kNotFound = 500,
   kNotSupported = 801,
+  kInvalidClusterSize = 912,
   kCaptureUnsupported = 900,
   kIllegalState = 401,
 };
@@ -64,8 +65,11 @@ enum {  // driver_types.h cudaDeviceAttr
   kMaxSharedMemoryPerBlockOptin = 97,
 };
 
-// driver_types.h cudaFuncAttribute and cuda.h CUfunction_attribute, the same number.
-constexpr int kMaxDynamicSharedSize = 8;
+// cuda.h CUfunction_attribute; the second is driver_types.h cudaFuncAttribute's too.
+constexpr int kSharedSize = 1, kMaxDynamicSharedSize = 8;
+
+// driver_types.h cudaLaunchAttributeID, cuda.h CUlaunchAttributeID
+constexpr int kLaunchClusterDimension = 4;
 
 // CUDA C++ Programming Guide, technical specifications of compute capability 10.x.
 constexpr int kSharedPerBlock = 48 << 10, kSharedPerBlockOptin = 227 << 10;

@@ -26,11 +26,6 @@ static_assert(sizeof(EncodedMap) <= 128);
 
 std::atomic<uint64_t> map_serial{0};
 
-Kernel* Loaded(void* function) {
-  std::lock_guard<std::mutex> lock(GetState().mutex);
-  return GetState().functions.count(function) ? static_cast<Kernel*>(function) : nullptr;
-}
-
 // cuda.h cuThreadExchangeStreamCaptureMode: calls that a capture of another thread (global mode) or
 // of this one (unless relaxed) forbids.
 bool CaptureForbids() {
@@ -64,20 +59,27 @@ EXPORT int cuGetErrorString(int error, const char** text) {
 
 // --- Prebuilt kernels ---------------------------------------------------------------------------
 
-EXPORT int cuModuleLoadData(void** handle, const void* image) {
+namespace recording {
+
+Kernel* Loaded(const void* function) {
+  std::lock_guard<std::mutex> lock(GetState().mutex);
+  if (!GetState().functions.count(function)) return nullptr;
+  return static_cast<Kernel*>(const_cast<void*>(function));
+}
+
+int LoadImage(const char* api, void** handle, const void* image) {
   *handle = nullptr;
-  int status = kSuccess;
-  if (CaptureForbids()) {
-    status = kCaptureUnsupported;
-  } else if (!image || !IsCubin(image)) {
-    status = kInvalidImage;
-  }
+  const void* cubin = image ? CubinOf(image) : nullptr;
+  int status = cubin ? kSuccess : kInvalidImage;
+  if (CaptureForbids()) status = kCaptureUnsupported;
   Entry entry("module_load");
-  entry.Add("status", status).Add("device", current_device);
+  entry.Add("api", api).Add("status", status).Add("device", current_device);
   if (status == kSuccess) {
-    const uint64_t bytes = CubinSize(image);
-    auto* module = new Module{
-        jax_nvfp4_moe::Sha256({static_cast<const char*>(image), bytes}), KernelsOfCubin(image), {}};
+    const uint64_t bytes = CubinSize(cubin);
+    auto* module = new Module{jax_nvfp4_moe::Sha256({static_cast<const char*>(cubin), bytes}),
+                              KernelsOfCubin(cubin),
+                              SharedOfCubin(cubin),
+                              {}};
     entry.Add("bytes", bytes).Add("sha256", module->sha256);
     std::lock_guard<std::mutex> lock(GetState().mutex);
     GetState().modules.insert(module);
@@ -87,7 +89,7 @@ EXPORT int cuModuleLoadData(void** handle, const void* image) {
   return status;
 }
 
-EXPORT int cuModuleGetFunction(void** function, void* handle, const char* name) {
+int FindFunction(void** function, void* handle, const char* name) {
   std::lock_guard<std::mutex> lock(GetState().mutex);
   auto* module = static_cast<Module*>(handle);
   if (!GetState().modules.count(module)) return kInvalidValue;
@@ -96,12 +98,15 @@ EXPORT int cuModuleGetFunction(void** function, void* handle, const char* name) 
   Kernel& kernel = module->functions[name];
   kernel.name = name;
   kernel.parameters = parameters;
+  if (const auto shared = module->static_shared.find(name); shared != module->static_shared.end()) {
+    kernel.static_shared = static_cast<int>(shared->second);
+  }
   GetState().functions.insert(&kernel);
   *function = &kernel;
   return kSuccess;
 }
 
-EXPORT int cuModuleUnload(void* handle) {
+int Unload(void* handle) {
   auto* module = static_cast<Module*>(handle);
   std::lock_guard<std::mutex> lock(GetState().mutex);
   if (!GetState().modules.erase(module)) return kInvalidValue;
@@ -111,9 +116,22 @@ EXPORT int cuModuleUnload(void* handle) {
   return kSuccess;
 }
 
+}  // namespace recording
+
+EXPORT int cuModuleLoadData(void** handle, const void* image) {
+  return LoadImage("cuModuleLoadData", handle, image);
+}
+
+EXPORT int cuModuleGetFunction(void** function, void* handle, const char* name) {
+  return FindFunction(function, handle, name);
+}
+
+EXPORT int cuModuleUnload(void* handle) { return Unload(handle); }
+
 EXPORT int cuFuncSetAttribute(void* function, int attribute, int value) {
   Kernel* kernel = Loaded(function);
-  return kernel ? SetAttribute(*kernel, attribute, value) : int{kInvalidDeviceFunction};
+  return kernel ? SetAttribute(*kernel, attribute, value, current_device)
+                : int{kInvalidDeviceFunction};
 }
 
 EXPORT int cuLaunchKernelEx(const CUlaunchConfig* config, void* function, void** arguments,

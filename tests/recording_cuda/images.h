@@ -98,6 +98,23 @@ inline std::string_view FatbinOf(const void* wrapper) {
 
 inline bool IsCubin(const void* image) { return std::memcmp(image, ELFMAG, SELFMAG) == 0; }
 
+// The cubin that an image is, or that is first in a fat binary (its header as FatbinOf has it, then
+// kind u16, version u16, header size u32); null if there is none, or a compressed one.
+inline const void* CubinOf(const void* image) {
+  constexpr uint32_t kFatbin = 0xba55ed50;
+  uint32_t magic, entry_header;
+  uint16_t header;
+  const auto* bytes = static_cast<const char*>(image);
+  std::memcpy(&magic, bytes, sizeof magic);
+  if (magic == kFatbin) {
+    std::memcpy(&header, bytes + 6, sizeof header);
+    bytes += header;
+    std::memcpy(&entry_header, bytes + 4, sizeof entry_header);
+    bytes += entry_header;
+  }
+  return IsCubin(bytes) ? bytes : nullptr;
+}
+
 // The length of a cubin, which cuModuleLoadData is not told: where the last of its parts ends.
 inline uint64_t CubinSize(const void* image) {
   const auto* elf = static_cast<const Elf64_Ehdr*>(image);
@@ -155,6 +172,25 @@ inline Kernels KernelsOfCubin(const void* image) {
         ParametersOfInfo(begin, begin + sections[i].sh_size);
   }
   return kernels;
+}
+
+// How much shared memory the kernels of a cubin declare: sections .nv.shared.NAME. Of these the
+// first KiB is the system's, which ptxas 13.4 counts there for SM100 and its report does not.
+inline std::map<std::string, uint64_t> SharedOfCubin(const void* image) {
+  constexpr std::string_view kShared = ".nv.shared.";
+  constexpr uint64_t kReserved = 1024;
+  const auto* bytes = static_cast<const char*>(image);
+  const auto* elf = static_cast<const Elf64_Ehdr*>(image);
+  const auto* sections = reinterpret_cast<const Elf64_Shdr*>(bytes + elf->e_shoff);
+  const char* names = bytes + sections[elf->e_shstrndx].sh_offset;
+  std::map<std::string, uint64_t> shared;
+  for (int i = 0; i < elf->e_shnum; ++i) {
+    const std::string_view name = names + sections[i].sh_name;
+    if (name.substr(0, kShared.size()) != kShared) continue;
+    shared[std::string(name.substr(kShared.size()))] =
+        sections[i].sh_size - std::min<uint64_t>(sections[i].sh_size, kReserved);
+  }
+  return shared;
 }
 
 }  // namespace recording

@@ -254,6 +254,16 @@ def load(manifest: Manifest) -> tuple[Runtime, ctypes.CDLL]:
     return runtime, ctypes.CDLL(str(manifest.module))
 
 
+def load_cute_dsl(manifest: Manifest) -> Runtime:
+    """Loads libtvm_ffi, the stand-in and CuTe-DSL's runtime on it, before the module that has
+    CuTe-DSL's kernels: it finds them by their names."""
+    assert manifest.cute_dsl is not None
+    ctypes.CDLL(str(manifest.tvm_ffi), mode=ctypes.RTLD_GLOBAL)
+    runtime = Runtime(manifest.runtime)
+    ctypes.CDLL(str(manifest.cute_dsl.runtime), mode=ctypes.RTLD_GLOBAL)
+    return runtime
+
+
 def mapped(name: str) -> set[str]:
     """The files with this in their name that are mapped into this process."""
     lines = Path("/proc/self/maps").read_text().splitlines()

@@ -24,6 +24,21 @@ def default_cache(version: str = FLASHINFER) -> Path:
 
 
 @dataclass(frozen=True)
+class CuteDsl:
+    """FlashInfer's CuTe-DSL kernels.
+
+    Attributes:
+        module: the library that has them.
+        runtime: CuTe-DSL's, on the stand-in.
+        functions: what the module exports.
+    """
+
+    module: Path
+    runtime: Path
+    functions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """One build.
 
@@ -35,6 +50,7 @@ class Manifest:
         cubin_directory: what the paths of prebuilt kernels are relative to.
         arch: what the module was compiled for, "10.0a".
         versions: the versions of the distributions that the build read.
+        cute_dsl: the CuTe-DSL kernels, or None where they were not built.
     """
 
     module: Path
@@ -44,6 +60,7 @@ class Manifest:
     cubin_directory: Path
     arch: str
     versions: dict[str, str]
+    cute_dsl: CuteDsl | None
 
     @property
     def flashinfer(self) -> str:
@@ -62,16 +79,26 @@ def read_manifest(cache: Path | None = None) -> Manifest:
     if not path.exists():
         raise FileNotFoundError(f"no {path}: run `{BUILD}`, in an environment with FlashInfer")
     content = json.loads(path.read_text())
-    files = {}
-    for name in ("module", "spy", "runtime", "tvm_ffi"):
-        files[name] = Path(content[name]["path"])
-        if not files[name].exists():
-            raise FileNotFoundError(f"{path} names {files[name]}, which is gone: run `{BUILD}`")
-        if hashlib.sha256(files[name].read_bytes()).hexdigest() != content[name]["sha256"]:
-            raise ValueError(f"{files[name]} is not what {path} was written for: run `{BUILD}`")
+
+    def file(entry: dict[str, str]) -> Path:
+        found = Path(entry["path"])
+        if not found.exists():
+            raise FileNotFoundError(f"{path} names {found}, which is gone: run `{BUILD}`")
+        if hashlib.sha256(found.read_bytes()).hexdigest() != entry["sha256"]:
+            raise ValueError(f"{found} is not what {path} was written for: run `{BUILD}`")
+        return found
+
     cubins = Path(content["cubin_directory"])
     if not cubins.is_dir():
         raise FileNotFoundError(f"{path} names {cubins}, which is gone: run `{BUILD}`")
+    cute_dsl = content.get("cute_dsl")  # An earlier build has none.
     return Manifest(
-        **files, cubin_directory=cubins, arch=content["arch"], versions=content["versions"]
+        **{name: file(content[name]) for name in ("module", "spy", "runtime", "tvm_ffi")},
+        cubin_directory=cubins,
+        arch=content["arch"],
+        versions=content["versions"],
+        cute_dsl=cute_dsl
+        and CuteDsl(
+            file(cute_dsl["module"]), file(cute_dsl["runtime"]), tuple(cute_dsl["functions"])
+        ),
     )

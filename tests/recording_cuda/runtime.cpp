@@ -1,6 +1,6 @@
 // A stand-in for libcudart.so.13 and libcuda.so.1 that runs nothing and writes down every launch.
 //
-// It has what FlashInfer 0.6.13's TRTLLM-Gen MoE module imports. Loaded before that module, it lets
+// It has what FlashInfer's TRTLLM-Gen MoE module and CuTe-DSL's runtime import. Loaded before, it lets
 // the module's host code run unchanged on a machine without a GPU: checks, choice of kernels,
 // workspace, tensor maps, launches. "Device" memory is whatever addresses the caller hands in;
 // nothing here ever dereferences one. A call that would have to read or write device memory, to
@@ -27,6 +27,12 @@ Kernel* Registered(const void* host_function) {
   std::lock_guard<std::mutex> lock(GetState().mutex);
   const auto found = GetState().by_host_function.find(host_function);
   return found == GetState().by_host_function.end() ? nullptr : found->second.get();
+}
+
+// The kernel that the runtime is given: a host function, or a library's (libraries.cpp).
+Kernel* Given(const void* function) {
+  Kernel* kernel = Registered(function);
+  return kernel ? kernel : Loaded(function);
 }
 
 }  // namespace
@@ -103,14 +109,15 @@ EXPORT int cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** 
 
 EXPORT int cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                void** arguments) {
-  return Failed(Launch("cudaLaunchKernelExC", Registered(function), config->grid, config->block,
+  return Failed(Launch("cudaLaunchKernelExC", Given(function), config->grid, config->block,
                        config->shared_bytes, config->stream, config->attributes,
                        config->attribute_count, arguments));
 }
 
 EXPORT int cudaFuncSetAttribute(const void* function, int attribute, int value) {
-  Kernel* kernel = Registered(function);
-  return Failed(kernel ? SetAttribute(*kernel, attribute, value) : int{kInvalidDeviceFunction});
+  Kernel* kernel = Given(function);
+  return Failed(kernel ? SetAttribute(*kernel, attribute, value, current_device)
+                       : int{kInvalidDeviceFunction});
 }
 
 // --- Devices, errors ---------------------------------------------------------------------
@@ -166,6 +173,7 @@ EXPORT int cudaGetLastError() {
 
 EXPORT int cudaPeekAtLastError() { return last_error; }
 EXPORT const char* cudaGetErrorString(int error) { return Describe(error); }
+EXPORT const char* cudaGetErrorName(int error) { return Describe(error); }
 
 EXPORT int cudaRuntimeGetVersion(int* version) {
   *version = 13000;

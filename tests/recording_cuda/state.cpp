@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 
 #include "log.h"
 
@@ -46,6 +47,7 @@ const char* Describe(int error) {
     case kNotSupported:
       return "refused: the recording runtime has no memory and nothing to wait for";
     case kCaptureUnsupported: return "operation not permitted when stream is capturing";
+    case kInvalidClusterSize: return "cluster misconfiguration";
     case kIllegalState: return "the operation cannot be performed in the present state";
     default: return "an error that the recording runtime never returns";
   }
@@ -70,10 +72,11 @@ const Parameters* ParametersIn(const Kernels& kernels, const std::string& name) 
   return found == kernels.end() ? nullptr : &found->second;
 }
 
-int SetAttribute(Kernel& kernel, int attribute, int value) {
+int SetAttribute(Kernel& kernel, int attribute, int value, int device) {
   if (attribute == kMaxDynamicSharedSize) {
-    if (value < 0 || value > kSharedPerBlockOptin) return kInvalidValue;
-    kernel.max_dynamic_shared = value;
+    if (value < 0 || value > kSharedPerBlockOptin - kernel.static_shared) return kInvalidValue;
+    std::lock_guard<std::mutex> lock(GetState().mutex);
+    kernel.max_dynamic_shared[device] = value;
   }
   return kSuccess;
 }
@@ -85,7 +88,21 @@ int Check(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
   if (!grid.x || !grid.y || !grid.z || grid.x > kGridX) return kInvalidConfiguration;
   if (grid.y > kGridYZ || grid.z > kGridYZ) return kInvalidConfiguration;
   if (!threads || threads > kThreadsPerBlock) return kInvalidConfiguration;
-  if (shared_bytes > static_cast<size_t>(kernel.max_dynamic_shared)) return kInvalidValue;
+  std::lock_guard<std::mutex> lock(GetState().mutex);
+  const auto set = kernel.max_dynamic_shared.find(current_device);
+  const int most = set == kernel.max_dynamic_shared.end() ? kSharedPerBlock : set->second;
+  return shared_bytes > static_cast<size_t>(most) ? int{kInvalidValue} : int{kSuccess};
+}
+
+// A grid has whole clusters (CUDA C++ Programming Guide, thread block clusters).
+int CheckCluster(dim3 grid, const LaunchAttribute* attributes, unsigned attribute_count) {
+  for (unsigned i = 0; i < attribute_count; ++i) {
+    if (attributes[i].id != kLaunchClusterDimension) continue;
+    dim3 cluster;
+    std::memcpy(&cluster, attributes[i].value, sizeof cluster);
+    if (!cluster.x || !cluster.y || !cluster.z) return kInvalidClusterSize;
+    if (grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z) return kInvalidClusterSize;
+  }
   return kSuccess;
 }
 
@@ -103,8 +120,8 @@ bool Captured(const void* stream) {
 int Launch(const char* api, const Kernel* kernel, dim3 grid, dim3 block, size_t shared_bytes,
            void* stream, const LaunchAttribute* attributes, unsigned attribute_count,
            void* const* arguments) {
-  const int status =
-      kernel ? Check(*kernel, grid, block, shared_bytes) : int{kInvalidDeviceFunction};
+  int status = kernel ? Check(*kernel, grid, block, shared_bytes) : int{kInvalidDeviceFunction};
+  if (status == kSuccess) status = CheckCluster(grid, attributes, attribute_count);
   Entry entry("launch");
   entry.Add("api", api)
       .Add("name", kernel ? kernel->name : "")

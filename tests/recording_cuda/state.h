@@ -37,13 +37,15 @@ int Refuse(const char* api, uint64_t bytes = 0, const void* stream = nullptr);
 struct Kernel {
   std::string name;
   const Parameters* parameters = nullptr;  // Null if the image did not tell.
-  std::atomic<int> max_dynamic_shared{kSharedPerBlock};
+  int static_shared = 0;
+  std::map<int, int> max_dynamic_shared;  // By device; kSharedPerBlock where it was not set.
 };
 
 struct Module {
   std::string sha256;
   Kernels kernels;
-  std::map<std::string, Kernel> functions;  // What cuModuleGetFunction was asked for.
+  std::map<std::string, uint64_t> static_shared;
+  std::map<std::string, Kernel> functions;  // What was asked for.
 };
 
 struct Capture {
@@ -64,8 +66,17 @@ State& GetState();  // Never destroyed: modules unregister during exit.
 // The parameters of one kernel of an image, or null.
 const Parameters* ParametersIn(const Kernels& kernels, const std::string& name);
 
-// Sets the dynamic shared memory that a kernel may be launched with.
-int SetAttribute(Kernel& kernel, int attribute, int value);
+// Sets the dynamic shared memory that a kernel may be launched with on a device.
+int SetAttribute(Kernel& kernel, int attribute, int value, int device);
+
+// Prebuilt kernels (driver.cpp): loads an image for all devices, finds a function of it and forgets
+// it again. A handle is a Module's or a Kernel's address.
+int LoadImage(const char* api, void** handle, const void* image);
+int FindFunction(void** function, void* handle, const char* name);
+int Unload(void* handle);
+
+// The kernel behind a handle of FindFunction's, or null.
+Kernel* Loaded(const void* function);
 
 // Tensor maps this thread has encoded since it last launched. Parameter structures are built on the
 // stack and parts that a kernel does not use stay uninitialised, with maps of earlier calls in
