@@ -61,7 +61,7 @@ def test_every_layout_gives_the_same_bits(case, target, implementation, rng):
     ("tokens", "scheme"),
     [
         (2, "static"),
-        (12, "per_token"),
+        pytest.param(12, "per_token", marks=pytest.mark.slow),
         pytest.param(12, "static", marks=pytest.mark.slow),
         pytest.param(2, "none", marks=pytest.mark.slow),
     ],

@@ -67,7 +67,11 @@ def agree(got, want, *, rounded):
         ({}, "kernel"),
         ({"dtype": "float32", "biases": True, "activation": "swiglu_oai"}, "kernel"),
         ({"scheme": "per_token", "biases": True, "activation": "relu2"}, "kernel"),
-        *(({"scheme": "none", "dtype": dtype}, "kernel") for dtype in DTYPES),
+        ({"scheme": "none", "dtype": DTYPES[0]}, "kernel"),
+        *(
+            pytest.param({"scheme": "none", "dtype": dtype}, "kernel", marks=pytest.mark.slow)
+            for dtype in DTYPES[1:]
+        ),
         ({}, "vllm"),
     ],
     ids=str,
@@ -144,7 +148,7 @@ def routings(draw):
     return np.array(ids, np.int32).reshape(tokens, top_k), num_experts, rows
 
 
-@hypothesis.settings(max_examples=200)
+@hypothesis.settings(max_examples=100)
 @hypothesis.given(routings())
 def test_tiles_hold_every_pair_once(routing):
     ids, num_experts, rows = routing

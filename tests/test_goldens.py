@@ -118,7 +118,7 @@ def passes(got, want):
 
 @pytest.mark.parametrize(
     ("name", "jit"),
-    [*((name, True) for name in LAYERS), (LAYERS[0], False)],
+    [*((name, True) for name in LAYERS), pytest.param(LAYERS[0], False, marks=pytest.mark.slow)],
     ids=lambda value: {True: "jit", False: "eager"}.get(value, value),
 )
 @pytest.mark.parametrize("form", ["torch", "triton"])
@@ -142,7 +142,7 @@ def test_layer_in_other_layouts(target, golden):
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
-@pytest.mark.parametrize("name", LAYERS[:3])
+@pytest.mark.parametrize("name", [*LAYERS[:2], pytest.param(LAYERS[2], marks=pytest.mark.slow)])
 def test_every_step(name, golden):
     """Each step, fed the golden of the step before."""
     data = golden(f"{name}_triton")

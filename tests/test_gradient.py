@@ -150,15 +150,21 @@ CASES = (
     Case(LARGE, activation="relu2", scheme="per_token"),
     Case(LARGE, activation=ACTIVATIONS[-1], biases=True),
     Case(SMALL, activation="swiglu_oai", biases=True, scheme="none", dtype="float32"),
-    Case(LARGE, activation="relu2", biases=True, scheme="none", dtype="float16"),
-    Case(LARGE, top_k=1, method="llama4", on_input=True, scheme="none", dtype="float32"),
     Case(SMALL, top_k=1, method="llama4", on_input=True),
     Case(LARGE, top_k=1, method="llama4", on_input=True, scheme="per_token", dtype="float16"),
+)
+SLOW_CASES = (
+    Case(LARGE, activation="relu2", biases=True, scheme="none", dtype="float16"),
+    Case(LARGE, top_k=1, method="llama4", on_input=True, scheme="none", dtype="float32"),
     Case(LARGE, top_k=4, scheme="none", dtype="float32"),
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)],
+    ids=str,
+)
 def test_agrees_with_a_plain_layer(case, rng):
     layer = make_layer(
         dataclasses.replace(case, num_experts=4, hidden_size=64, intermediate_size=32), rng
@@ -287,6 +293,7 @@ def test_vmap_of_the_gradient(rng):
     assert oracle.relative_l2(shared, parts[0] + parts[1]) <= GATE
 
 
+@pytest.mark.slow
 def test_vmap_of_the_gradient_over_layers(rng):
     layers = [layer_of(rng, SMALL) for _ in range(2)]
     experts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.experts for one in layers))

@@ -60,6 +60,7 @@ def test_against_transformers(directory, reference, record_property):
     assert reference["greedy_gap_w4a16"] > 2 * error
 
 
+@pytest.mark.slow
 def test_the_original_against_transformers(reference):
     model = qwen3_moe.load(BF16)
     error = np.abs(logits_of(model, reference) - reference["logits_bf16"]).max()
@@ -96,8 +97,8 @@ def perplexity(model):
     ("directory", "scheme", "name", "within"),
     [
         (NVFP4, None, "w4a4", 0.03),  # against ModelOpt's own fake-quantised model
-        (QUANTISED[1], None, "w4a4", 0.03),
-        (NVFP4, "none", "w4a16", 1e-4),
+        pytest.param(QUANTISED[1], None, "w4a4", 0.03, marks=pytest.mark.slow),
+        pytest.param(NVFP4, "none", "w4a16", 1e-4, marks=pytest.mark.slow),
         (BF16, None, "bf16", 1e-4),
     ],
     ids=["modelopt W4A4", "compressed-tensors W4A4", "W4A16", "bf16"],

@@ -97,7 +97,9 @@ def test_selection_bias_takes_part_in_the_selection_only(rng):
 
 
 @pytest.mark.parametrize("shape", [(H,), (T, H), (2, 3, H), (0, H)])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.float32]
+)
 def test_shapes_and_types(layer, rng, shape, dtype):
     x = normal(rng, *shape, dtype=dtype)
     y = jax.jit(lambda layer, x: layer(x))(layer, x)
@@ -133,7 +135,8 @@ def test_gradients(layer, rng):
         changed = dataclasses.replace(layer, router=router, shared=shared, shared_gate=gate)
         return (changed(x) ** 2).mean()
 
-    gradients = jax.grad(loss, (0, 1, 2, 3))(layer.router, layer.shared, layer.shared_gate, x)
+    arguments = layer.router, layer.shared, layer.shared_gate, x
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*arguments)
     for leaf in jax.tree.leaves(gradients):
         assert bool(jnp.isfinite(leaf).all())
         assert bool((leaf != 0).any())

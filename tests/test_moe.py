@@ -574,7 +574,7 @@ def uneven(layer):
     ("tokens", "devices", "check_vma", "scheme", "numerics"),
     [
         (SMALL, 4, True, "static", "kernel"),
-        (LARGE, 2, False, "static", "kernel"),
+        pytest.param(LARGE, 2, False, "static", "kernel", marks=pytest.mark.slow),
         (LARGE, 4, True, "none", "kernel"),
         (SMALL, 2, False, "static", "vllm"),
     ],
@@ -634,7 +634,10 @@ def test_split_experts_with_the_router(rng):
     same(jax.jit(sharded)(x, logits, layer.experts), want)
 
 
-@pytest.mark.parametrize(("tokens", "devices", "check_vma"), [(SMALL, 4, False), (LARGE, 2, True)])
+@pytest.mark.parametrize(
+    ("tokens", "devices", "check_vma"),
+    [(SMALL, 4, False), pytest.param(LARGE, 2, True, marks=pytest.mark.slow)],
+)
 def test_gradient_through_split_experts(tokens, devices, check_vma, rng):
     layer = layer_of(rng, tokens, dtype="float32")
     experts = uneven(layer)

@@ -32,7 +32,9 @@ def make_mesh(name, kind=AxisType.Auto):
         ("4 experts", 2, "static", True, AxisType.Auto),
         ("2 experts", 40, "none", True, AxisType.Explicit),
         ("2 data, 2 experts", 40, "per_token", True, AxisType.Explicit),
-        ("2 data, 2 experts", 2, "static", False, AxisType.Auto),
+        pytest.param(
+            *("2 data, 2 experts", 2, "static", False, AxisType.Auto), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_same_bits_as_one_device(name, tokens, scheme, jit, kind, rng):
@@ -50,7 +52,7 @@ def test_same_bits_as_one_device(name, tokens, scheme, jit, kind, rng):
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
-@pytest.mark.parametrize("target", ["linear", "trtllm"])
+@pytest.mark.parametrize("target", [pytest.param("linear", marks=pytest.mark.slow), "trtllm"])
 def test_router_and_layouts(target, rng):
     layer = make_layer(Case(tokens=12), rng)
     x, logits = jnp.asarray(layer.x), jnp.asarray(rng.normal(size=(12, 8)), jnp.float32)

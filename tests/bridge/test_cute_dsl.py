@@ -186,6 +186,9 @@ def program(case, tactic, finalize):
     return jax.jit(partial(run_on, callee, call))
 
 
+CONTROLLED = [CASES[0], CASES[6], CASES[8]]
+
+
 @pytest.fixture
 def computed(fake):
     """A function to the result of a call, by the kernels in numpy."""
@@ -235,14 +238,13 @@ def controls(case):
     else:
         found["a row's wrong scale"] = {"2 per_row_scales": larger}
     if case.gated:
-        found["gate and up exchanged"] = {"1 w1": exchanged, "1 w1_scale": exchanged_scales(case)}
+        found["gate and up exchanged"] = {"1 w1": exchanged, "1 w1_scale": exchanged_scales}
     return found
 
 
-def exchanged_scales(case):
+def exchanged_scales(scales):
     """The same for swizzled scales, of which 128 rows are a tile: 16 bytes hold rows 32 apart."""
-    del case
-    return lambda s: s.reshape(-1, 32, 2, 2, 4)[:, :, ::-1].reshape(-1)
+    return scales.reshape(-1, 32, 2, 2, 4)[:, :, ::-1].reshape(-1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -253,8 +255,12 @@ def test_the_documented_arithmetic_gives_the_emulations_result(case, computed, r
     error = error_of(computed(case, arguments), expected)
     record_property("rel_l2", error)
     assert error <= 1e-3
-    for name, spoilt in controls(case).items():
-        assert not error_of(computed(case, arguments, spoilt=spoilt), expected) <= 1e-2, name
+    found = controls(case)
+    # All on some of the cases, and one on each.
+    names = found if case in CONTROLLED else ["a wrong scale"]
+    for name in names:
+        y = computed(case, arguments, spoilt=found[name])
+        assert not error_of(y, expected) <= 1e-2, name
 
 
 def test_it_is_added_to_zeros(computed):
@@ -283,14 +289,14 @@ def test_rows_that_are_added_in_their_order(scheme, computed):
 
 def test_larger_tiles(computed):
     """The map of rows is the only thing that depends on them."""
-    case = Case(140, 2, 2, 256, 64, layout="cute_dsl")
+    case = Case(20, 2, 2, 256, 64, layout="cute_dsl")
     arguments, tactic = arguments_of(case), Tactic(256)
     expected = np.asarray(expected_of(case, arguments).astype(jnp.bfloat16), np.float64)
     assert error_of(computed(case, arguments, tactic), expected) <= 1e-3
     assert not error_of(computed(case, arguments, tactic, tile=128), expected) <= 1e-2
 
 
-@pytest.mark.parametrize("tactic", TACTICS["all"], ids=str)
+@pytest.mark.parametrize("tactic", TACTICS["all"][::5], ids=str)
 def test_both_are_called_in_order(tactic, fake):
     case, variant = CASES[0], Variant()
     callee = Callee("fake", "10.0a", variant, tactic)

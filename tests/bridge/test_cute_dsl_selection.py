@@ -208,7 +208,7 @@ def test_options(add):
     assert first.values["out"] == "tensor<2048x128xbf16>"
     assert "out_scale" not in first.values
     assert second.values["per_row_scales"] == "tensor<2048xf32>"
-    assert second.values["output"] == "tensor<64x512xbf16>"
+    assert second.values["output"] == "tensor<16x4x512xbf16>"
     assert second.updated == ()
 
 

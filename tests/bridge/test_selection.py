@@ -421,7 +421,7 @@ BIAS = jnp.linspace(-1, 1, E)
     [
         (ROUTING, None),
         (nvm.Routing("deepseek_v3", K, n_group=4, topk_group=2, scaling_factor=2.5), BIAS),
-        (nvm.Routing("minimax2", K), None),
+        pytest.param(nvm.Routing("minimax2", K), None, marks=pytest.mark.slow),
     ],
     ids=["renormalize", "deepseek_v3", "minimax2"],
 )

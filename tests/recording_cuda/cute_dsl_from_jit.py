@@ -8,24 +8,15 @@ load real ones.
 import ctypes
 import dataclasses
 import itertools
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
-DEVICES = 4
-# With these what surrounds the calls is compiled in a third of the time. JAX 0.12 does not know the
-# last, and an unknown flag ends the process.
-cheap = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-if version("jax").startswith("0.10."):
-    cheap.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} {' '.join(cheap)}"
-
-from .launches import Launch, Recording, load_cute_dsl, mapped  # noqa: E402
-from .manifest import read_manifest  # noqa: E402
+from .launches import Launch, Recording, load_cute_dsl, mapped
+from .manifest import read_manifest
+from .xla_flags import DEVICES
 
 manifest = read_manifest()
 runtime = load_cute_dsl(manifest)

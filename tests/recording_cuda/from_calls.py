@@ -4,7 +4,7 @@
 `python -m tests.recording_cuda.from_calls NAME` runs one check; test_from_jit.py runs them all.
 """
 
-import ctypes
+import ctypes  # noqa: I001  from_jit is before JAX
 import dataclasses
 import os
 import shutil
@@ -14,29 +14,27 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-DEVICES = 4
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+from .from_jit import RELEASE, STREAM, Host, manifest, runtime
 
-from .from_jit import RELEASE, STREAM, Host, manifest, runtime  # noqa: E402, I001  before JAX
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh  # noqa: E402
-
-import jax_nvfp4_moe as nvm  # noqa: E402
-from jax_nvfp4_moe import devices  # noqa: E402
-from jax_nvfp4_moe.bridge import library  # noqa: E402
-from jax_nvfp4_moe.bridge import manifest as built  # noqa: E402
-from jax_nvfp4_moe.implementations import (  # noqa: E402
+import jax_nvfp4_moe as nvm
+from jax_nvfp4_moe import devices
+from jax_nvfp4_moe.bridge import library
+from jax_nvfp4_moe.bridge import manifest as built
+from jax_nvfp4_moe.implementations import (
     _trtllm_call,
     _trtllm_routing,
     trtllm,
 )
 
-from .buffers import Buffers  # noqa: E402
-from .cases import Case, Routed, routers  # noqa: E402
-from .fp4_moe import FROM_LOGITS, PACKED, family, miswired  # noqa: E402
-from .launches import Launch  # noqa: E402
+from .buffers import Buffers
+from .cases import Case, Routed, routers
+from .fp4_moe import FROM_LOGITS, PACKED, family, miswired
+from .launches import Launch
+from .xla_flags import DEVICES
 
 
 def b200() -> use_abstract_mesh:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 
+from . import xla_flags  # noqa: F401
 from .buffers import Buffers
 from .launches import Recording, load
 from .manifest import read_manifest

@@ -1,17 +1,10 @@
 """The bridge and the CuTe-DSL implementation, on FlashInfer's own kernels, inside `jax.jit`."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from jax_nvfp4_moe.bridge import cute_dsl, library
 
-from . import manifest
-
-ROOT = Path(__file__).parents[2]
+from . import manifest, processes
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +20,6 @@ def built():
     return built
 
 
-def run(check):
-    module, name = check.split()
-    return subprocess.run(
-        [sys.executable, "-m", f"tests.recording_cuda.{module}", name],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-
-
 CHECKS = [
     *(f"cute_dsl_from_jit {name}" for name in ("models", "sizes", "tactics", "shares", "miswired")),
     *(f"cute_dsl_refused {name}" for name in ("arguments", "driver")),
@@ -48,9 +28,7 @@ CHECKS = [
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_check(built, check):
-    done = run(check)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("done\n")
+    processes.check(check, manifest.default_cache())
 
 
 def test_everything_was_built(built):

@@ -1,17 +1,10 @@
 """The bridge and the TRTLLM-Gen implementation, on FlashInfer's own launcher, inside `jax.jit`."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from jax_nvfp4_moe.bridge import library
 
-from . import manifest
-
-ROOT = Path(__file__).parents[2]
+from . import manifest, processes
 
 
 @pytest.fixture(scope="module", params=["0.6.13", "0.7.2.post1"])
@@ -46,15 +39,4 @@ CHECKS = [
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_check(cache, check):
-    module, name = check.split()
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.recording_cuda.{module}", name],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", manifest.CACHE_VARIABLE: str(cache)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("done\n")
+    processes.check(check, cache)
