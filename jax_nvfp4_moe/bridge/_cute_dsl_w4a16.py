@@ -39,11 +39,11 @@ EXPERTS = 4096
 
 
 def launcher(file: Any, activation: dict[str, Any], **options: Any) -> Any:
-    """A function that launches a kernel on pointers to tensors, w's, x's, .., the output's.
+    """A function that launches a kernel, for tensors in the order of the class and a stream.
 
     Args:
         file: FlashInfer's module of the class.
-        activation: its number and, if they are not the usual ones, constants.
+        activation: the class's options for it; constants that are not among them are its defaults.
         **options: the class's.
     """
     constants = {
@@ -73,11 +73,11 @@ def launcher(file: Any, activation: dict[str, Any], **options: Any) -> Any:
         weights, _, rows, *_ = operands
         kernel.wrapper(
             *map(pointer, operands),
-            *(None, None),  # what it would add with
+            *(None, None),  # slots and weights, if it added
             cutlass.Int64(weights.shape[1]),
             cutlass.Int64(rows.shape[0]),
             cutlass.Int64(rows.shape[1]),
-            *(cutlass.Int64(0), 0),  # tokens and top_k, likewise
+            *(cutlass.Int64(0), 0),  # likewise tokens and top_k
             PROCESSORS // CLUSTER[0],
             stream,
         )
@@ -86,7 +86,7 @@ def launcher(file: Any, activation: dict[str, Any], **options: Any) -> Any:
 
 
 def operands(k: Any, half_k: Any, blocks: Any, columns: Any, written: Any) -> list[Any]:
-    """Of either GEMM, in order, with the sizes that they have their own names for."""
+    """What either is given, in order, of sizes: K, K/2, K/16, the weights' rows, the results'."""
     experts, rows, tiles = size("E"), size("M", TILES[1]), size("tiles")
     return [
         tensor(BF16, rows, k, alignment=DATA_ALIGNMENT),
@@ -113,9 +113,9 @@ def gemm1(file: Any, activation: str, options: str) -> Any:
     """
     gated = activation != "relu2"
     constants = {key: value for key, value in ACTIVATIONS[activation].items() if key != "gated"}
-    # As FlashInfer does for a first GEMM (moe_w4a16.py:137-139). Rows of w1 that are no whole
-    # cluster of tiles, of which the layout's are not, need the check that the other does not
-    # (moe_w4a16_kernel.py:2337-2342).
+    # Decoded at a time: as FlashInfer has it for a first GEMM (moe_w4a16.py:137-139). The layout's
+    # rows of w1 may end within a cluster of tiles, so that rows are compared with their end
+    # (moe_w4a16_kernel.py:2337-2342); those of w2 are whole clusters.
     launch = launcher(file, constants, transform_fragment_size=128, m_cluster_aligned=False)
 
     @cute.jit
@@ -143,7 +143,7 @@ def gemm2(file: Any, options: str) -> Any:
     Returns:
         The compiled function.
     """
-    # FlashInfer has 128 if I is 256: how many values are decoded at a time, whatever they are.
+    # FlashInfer decodes 128 at a time if I is 256, which changes no value.
     no_activation = {"activation_type": None}
     launch = launcher(file, no_activation, transform_fragment_size=32, m_cluster_aligned=True)
 

@@ -38,7 +38,7 @@ VERSIONS: dict[str, tuple[Variant, ...]] = {
         for activation in ("silu", "swiglu_oai", "gelu_tanh", "relu2")
         for scheme in ("static", "per_token", "none")
         for finalize in (True, False)
-        # Compiled in, W4A16's would want a binary for each top_k.
+        # W4A16's addition has top_k compiled in.
         if not (scheme == "none" and finalize)
     ),
 }
