@@ -242,6 +242,17 @@ def test_experts_as_they_are_taken():
         assert (gate == up).all() == one, (name, activation)
 
 
+def test_tokens_as_they_are_taken():
+    """By cute_dsl's W4A16 in bfloat16, by others as they come."""
+    for name, scheme, dtype in (
+        ("trtllm", "none", "float32"),
+        ("cute_dsl", "static", "float32"),
+        ("cute_dsl_deterministic", "none", "bfloat16"),
+    ):
+        layer = blackwell.layer_of(name, dataclasses.replace(CASE, scheme=scheme, dtype="float32"))
+        assert layer.x.dtype == dtype, name
+
+
 def test_an_implementation_that_is_not_known(capsys):
     with pytest.raises(SystemExit):
         blackwell.main(["--implementations", "trtllm,emulation"])

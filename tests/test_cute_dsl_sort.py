@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_nvfp4_moe.implementations._cute_dsl_sort import max_tiles, moe_sort
+from jax_nvfp4_moe.implementations._cute_dsl_sort import max_tiles, moe_sort, rows_of_pairs
 
 # T, K, E, the first expert held here, how many are, rows of a tile.
 SIZES = [
@@ -60,6 +60,7 @@ def test_equals_loops(sizes, rng):
     """30 sizes, 17 routings of each."""
     tokens, top_k, num_experts, first, held, tile = sizes
     sort = jax.jit(functools.partial(moe_sort, num_experts=held, tile=tile))
+    inverse = jax.jit(functools.partial(rows_of_pairs, pairs=tokens * top_k))
     most = max_tiles(tokens * top_k, held, tile)
     for ids in routings(rng, tokens, top_k, num_experts):
         found = jax.tree.map(np.asarray, sort(jnp.asarray(ids - first)))
@@ -73,6 +74,9 @@ def test_equals_loops(sizes, rng):
         assert found.permuted_idx_to_expanded_idx[: len(pairs)].tolist() == pairs
         assert (found.permuted_idx_to_expanded_idx[len(pairs) :] == -1).all()
         assert {array.dtype for array in found} == {np.dtype(np.int32)}
+        rows = np.full(ids.size, -1)
+        rows[[pair for pair in pairs if pair >= 0]] = np.flatnonzero(np.array(pairs) >= 0)
+        assert inverse(found).tolist() == rows.tolist()
 
 
 def test_there_are_enough_cases():

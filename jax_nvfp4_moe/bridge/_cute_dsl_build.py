@@ -28,6 +28,7 @@ else:
 
 REQUIRED = ("flashinfer-python", "nvidia-cutlass-dsl", "apache-tvm-ffi")
 KERNELS = Path(__file__).resolve().with_name("_cute_dsl_kernels.py")
+W4A16 = KERNELS.with_name("_cute_dsl_w4a16.py")
 LIBRARY = "cute_dsl_moe.so"
 CLASSES = "flashinfer.fused_moe.cute_dsl.blackwell"
 # Packages that are entered without being run.
@@ -40,7 +41,9 @@ UNOPENED = (
     "flashinfer.quantization",
 )
 # As `cute_dsl` makes them.
-NAME = re.compile(r"gemm([12])_(\w+)_(static|per_token)_t(\d+)_n(\d+)(?:_c(\d+))?_sm(\d+a)")
+NAME = re.compile(
+    r"gemm([12])_(\w+)_(static|per_token|none)_t(\d+)(?:_n(\d+))?(?:_c(\d+))?_sm(\d+a)"
+)
 
 
 def main() -> None:
@@ -103,7 +106,7 @@ def check_version(version: str, known: list[str]) -> None:
 def key(name: str, found: dict[str, str]) -> str:
     """What an object is kept by: it is another if anything that it is made of is."""
     parts = [name, found["flashinfer-python"], found["nvidia-cutlass-dsl"], host()]
-    parts += [Path(file).read_text("utf-8") for file in (__file__, KERNELS)]
+    parts += [Path(file).read_text("utf-8") for file in (__file__, KERNELS, W4A16)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -129,14 +132,14 @@ def import_kernels(workspace: Path) -> tuple[ModuleType, ModuleType]:
     if not file.is_file():
         raise Failure(f"{file}, FlashInfer's CuTe-DSL kernels, is not there", "install")
     classes = importlib.import_module(CLASSES)
-    return load("cute_dsl_kernels", KERNELS), classes
+    return load(KERNELS), classes
 
 
-def load(name: str, file: Path) -> ModuleType:
-    """A module by its path."""
-    spec = importlib.util.spec_from_file_location(name, file)
+def load(file: Path) -> ModuleType:
+    """A module by its path, which others then import by its name alone."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None, file
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -159,11 +162,16 @@ def compile_one(kernels: Any, classes: ModuleType, version: str, name: str, path
     begun = time.monotonic()
     with scratch(path.parents[1]) as new:
         options = f"--gpu-arch sm_{arch} --keep-ptx --dump-dir={new}"
-        common = classes, version, what, scheme, int(tile), int(n)
-        if gemm == "1":
-            compiled = kernels.gemm1(*common, options)
+        if scheme == "none":
+            # The package of classes does not have this one.
+            file = importlib.import_module(f"{CLASSES}.moe_w4a16_kernel")
+            own = load(W4A16)
+            compiled = own.gemm1(file, what, options) if gemm == "1" else own.gemm2(file, options)
+        elif gemm == "1":
+            compiled = kernels.gemm1(classes, version, what, scheme, int(tile), int(n), options)
         else:
-            compiled = kernels.gemm2(*common, int(cluster_n), options)
+            tiling = int(tile), int(n), int(cluster_n)
+            compiled = kernels.gemm2(classes, version, what, scheme, *tiling, options)
         compiled.export_to_c(str(new / path.name), name)
         for ptx in new.glob("*.ptx"):
             ptx.replace(path.with_suffix(".ptx"))

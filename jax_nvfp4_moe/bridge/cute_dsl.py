@@ -19,13 +19,14 @@ class Variant:
 
     Attributes:
         activation: after the first, the name of an `Activation`.
-        scheme: how rows are quantised before each, an activation scheme.
+        scheme: how rows are quantised before each, an activation scheme; "none" is W4A16, by
+            kernels of their own, whose rows are the caller's to gather and to add.
         finalize: the second weights its rows and adds them to their tokens', in no certain order;
-            if not, it writes them, each slot's its own.
+            if not, it writes them, each slot's its own ("none": as they are sorted).
     """
 
     activation: str = "silu"
-    scheme: Literal["static", "per_token"] = "static"
+    scheme: Literal["static", "per_token", "none"] = "static"
     finalize: bool = True
 
 
@@ -35,10 +36,14 @@ VERSIONS: dict[str, tuple[Variant, ...]] = {
     "0.7.2.post1": tuple(
         Variant(activation, scheme, finalize)
         for activation in ("silu", "swiglu_oai", "gelu_tanh", "relu2")
-        for scheme in ("static", "per_token")
+        for scheme in ("static", "per_token", "none")
         for finalize in (True, False)
+        # W4A16's addition has top_k compiled in.
+        if not (scheme == "none" and finalize)
     ),
 }
+# The most that W4A16's kernels are compiled for (`_cute_dsl_w4a16.EXPERTS`).
+W4A16_EXPERTS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +88,30 @@ TACTICS = {
 }
 
 
+def tactics_of(variant: Variant, which: str) -> tuple[Tactic, ...]:
+    """Those that a variant's functions are compiled for.
+
+    W4A16 has one, FlashInfer's own where nothing was tuned: tiles of 128 rows and 256 columns
+    (flashinfer-python@0.7.2.post1:fused_moe/cute_dsl/blackwell/moe_w4a16.py:41-46). `Tactic()`
+    stands for it, whose tile it has.
+
+    Args:
+        variant: of those of its version.
+        which: a key of `TACTICS`.
+    """
+    return TACTICS["default" if variant.scheme == "none" else which]
+
+
 def gemm1(variant: Variant, tactic: Tactic, arch: str) -> str:
     """The name of the first GEMM's function, as in "gemm1_silu_static_t128_n128_sm100a".
 
     Args:
         variant: of those of its version.
-        tactic: one of `TACTICS`.
+        tactic: of `tactics_of` it.
         arch: of `ARCHS`.
     """
-    tiling = f"t{tactic.tile}_n{tactic.gemm1_n}"
+    columns = "" if variant.scheme == "none" else f"_n{tactic.gemm1_n}"
+    tiling = f"t{tactic.tile}{columns}"
     return f"gemm1_{variant.activation}_{variant.scheme}_{tiling}_{_gpu(arch)}"
 
 
@@ -100,11 +120,12 @@ def gemm2(variant: Variant, tactic: Tactic, arch: str) -> str:
 
     Args:
         variant: of those of its version.
-        tactic: one of `TACTICS`.
+        tactic: of `tactics_of` it.
         arch: of `ARCHS`.
     """
     what = "finalize" if variant.finalize else "rows"
-    tiling = f"t{tactic.tile}_n{tactic.gemm2_n}_c{tactic.gemm2_cluster_n}"
+    own = f"_n{tactic.gemm2_n}_c{tactic.gemm2_cluster_n}"
+    tiling = f"t{tactic.tile}{'' if variant.scheme == 'none' else own}"
     return f"gemm2_{what}_{variant.scheme}_{tiling}_{_gpu(arch)}"
 
 
@@ -125,13 +146,18 @@ def functions(version: str, tactics: str, archs: tuple[str, ...]) -> tuple[str, 
         for arch in archs
         for gemm in (gemm1, gemm2)
         for variant in VERSIONS[version]
-        for tactic in TACTICS[tactics]
+        for tactic in tactics_of(variant, tactics)
     ]
     return tuple(dict.fromkeys(names))
 
 
+_W4A16 = ("alpha", "tile_idx_to_expert_idx", "tile_idx_to_mn_limit", "num_non_exiting_tiles")
+
+
 def gemm1_parameters(variant: Variant) -> tuple[str, ...]:
     """Those of a first GEMM, in order."""
+    if variant.scheme == "none":
+        return ("hidden_states", "w1", "w1_scale", *_W4A16, "out")
     own = ("fc2_input_scale", "out", "out_scale")
     if variant.scheme == "per_token":
         own = ("per_token_scales", "out")
@@ -143,6 +169,8 @@ def gemm1_parameters(variant: Variant) -> tuple[str, ...]:
 
 def gemm2_parameters(variant: Variant) -> tuple[str, ...]:
     """Those of a second."""
+    if variant.scheme == "none":
+        return ("a", "w2", "w2_scale", *_W4A16, "output")
     own = ("per_row_scales",) if variant.scheme == "per_token" else ()
     return (
         "a", "w2", "a_scale", "w2_scale", "alpha", "tile_idx_to_expert_idx",

@@ -5,6 +5,8 @@ quantises again; the second multiplies, scales each row by its token's weight, a
 token's output. (flashinfer-python 0.6.13: fused_moe/cute_dsl/fused_moe.py, lines 192-307; 0.7.2:
 lines 360-890.) Where each row has a scale of its own the first writes bfloat16, which is quantised
 here; where the order of the sum is to be certain the second writes its rows, which are added here.
+W4A16's two (0.7.2: fused_moe/cute_dsl/blackwell/moe_w4a16.py) take and write bfloat16 rows as they
+are sorted: they are gathered and added here.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ from jax_nvfp4_moe.bridge.call import Argument, InOut, Output
 from jax_nvfp4_moe.bridge.call import call as bridge_call
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array, quantize, reciprocal, scale_for
-from jax_nvfp4_moe.implementations._cute_dsl_sort import Permutation, moe_sort
+from jax_nvfp4_moe.implementations._cute_dsl_sort import Permutation, moe_sort, rows_of_pairs
 from jax_nvfp4_moe.implementations._native import run_kernels
 from jax_nvfp4_moe.implementations._recipes import Recipe
 from jax_nvfp4_moe.implementations.base import Call
@@ -116,13 +118,50 @@ class _Layer:
         padding = experts.w2.shape[-2] - experts.hidden_size
         values = jnp.pad(values, ((0, 0), (0, padding)))
         permutation = moe_sort(ids, experts.num_experts, self.callee.tactic.tile)
-        y = self._second(*self._first(values, permutation, ids.shape[1]), permutation, weights)
+        if self.callee.variant.scheme == "none":
+            y = self._unquantized(values, permutation, weights)
+        else:
+            y = self._second(*self._first(values, permutation, ids.shape[1]), permutation, weights)
         if not self.callee.variant.finalize:
             # Rows of others' experts were not written.
             here = (ids >= 0) & (ids < experts.num_experts)
             rows = jnp.where(here[..., None], y, 0)
             y = self.recipe.combine(rows.astype(jnp.float32), weights)
         return y[:, : experts.hidden_size]
+
+    def _unquantized(
+        self,
+        values: Float32[Array, "T H"],
+        permutation: Permutation,
+        weights: Float32[Array, "T K"],
+    ) -> Float[Array, "T K H"]:
+        """W4A16's rows; of slots without one, anything."""
+        experts = self.experts
+        rows = permutation.permuted_idx_to_expanded_idx
+        hidden_size, columns = experts.w2.shape[-2:]
+        tiles: dict[str, Argument] = {
+            "tile_idx_to_expert_idx": permutation.tile_idx_to_expert_idx,
+            "tile_idx_to_mn_limit": permutation.tile_idx_to_mn_limit,
+            "num_non_exiting_tiles": permutation.num_non_exiting_tiles,
+        }
+        (hidden,) = self.callee.gemm1(
+            hidden_states=values.astype(jnp.bfloat16)[jnp.maximum(rows, 0) // weights.shape[1]],
+            w1=experts.w13.data,
+            w1_scale=experts.w13.scale,
+            alpha=_gate_and_up(experts),
+            out=Output((rows.size, columns), jnp.bfloat16),
+            **tiles,
+        )
+        (y,) = self.callee.gemm2(
+            a=hidden,
+            w2=experts.w2.data,
+            w2_scale=experts.w2.scale,
+            alpha=experts.w2.global_scale,
+            output=Output((rows.size, hidden_size), jnp.bfloat16),
+            **tiles,
+        )
+        own = rows_of_pairs(permutation, weights.size).reshape(weights.shape)
+        return y[jnp.maximum(own, 0)]
 
     def _first(
         self, values: Float32[Array, "T H"], permutation: Permutation, top_k: int

@@ -1,8 +1,8 @@
 """Pairs in the order in which CuTe-DSL's grouped GEMMs take them: `moe_sort` of FlashInfer, in JAX.
 
 Buffers, their sizes and what is in them are those of data/csrc/moe_utils_binding.cu (lines 326-390)
-and fused_moe/cute_dsl/moe_utils.py of flashinfer-python 0.6.13. Gathers only, and one sort: sizes
-are static, so that one program serves all routings.
+and fused_moe/cute_dsl/moe_utils.py of flashinfer-python 0.6.13. One sort, and gathers; sizes are
+static, so that one program serves all routings.
 """
 
 from typing import NamedTuple
@@ -43,6 +43,21 @@ def max_tiles(pairs: int, num_experts: int, tile: int) -> int:
     if pairs <= num_experts:
         return pairs
     return (pairs + (tile - 1) * num_experts) // tile
+
+
+def rows_of_pairs(permutation: Permutation, pairs: int) -> Int32[Array, " P"]:
+    """Each pair's row, or -1 if it was left out: FlashInfer's expanded_idx_to_permuted_idx.
+
+    Args:
+        permutation: from `moe_sort`.
+        pairs: T * K.
+    """
+    pair = permutation.permuted_idx_to_expanded_idx
+    rows = jnp.full(pairs, -1, jnp.int32)
+    # Beyond the end: rows without a pair are dropped.
+    place = jnp.where(pair < 0, pairs + jnp.arange(pair.size, dtype=jnp.int32), pair)
+    numbers = jnp.arange(pair.size, dtype=jnp.int32)
+    return rows.at[place].set(numbers, mode="drop", unique_indices=True)
 
 
 def moe_sort(topk_ids: Int32[Array, "T K"], num_experts: int, tile: int) -> Permutation:

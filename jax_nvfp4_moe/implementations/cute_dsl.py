@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_nvfp4_moe import devices
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.bridge import cute_dsl
-from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, Tactic, Variant
+from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, W4A16_EXPERTS, Tactic, Variant
 from jax_nvfp4_moe.bridge.manifest import Module
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.implementations import emulation
@@ -44,7 +44,8 @@ class CuteDsl:
             else as FlashInfer does where nothing was tuned.
         deterministic: add each token's rows in the order of its slots, in float32 and by JAX, so
             that a call always has the same result. It takes T * K * H * 2 bytes, and kernels that
-            FlashInfer has from 0.7.2 on. The others add in bfloat16, whichever row comes first.
+            FlashInfer has from 0.7.2 on. The others add in bfloat16, whichever row comes first,
+            but for W4A16, where this is how it is done either way.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type, or no such tactic is compiled.
@@ -83,7 +84,8 @@ class CuteDsl:
         hits = expected_hits(problem.tokens, problem.top_k, experts.num_experts)
         read = hits * experts.nbytes / experts.num_experts / 1e6
         parts = [f"FlashInfer {module.version}; reads about {read:.1f} MB of packed weights"]
-        parts.append(str(callee.tactic))
+        if callee.variant.scheme != "none":
+            parts.append(str(callee.tactic))
         if experts.layout != self.name:
             prepared = "prepare(experts, 'cute_dsl') does it once"
             parts.append(f"rearranges all weights in each call: {prepared}")
@@ -92,11 +94,9 @@ class CuteDsl:
     def find(self, problem: Problem) -> tuple[Module, Callee] | str:
         """The functions that serve a call, and the module that has them; or why there are none."""
         call, experts, device_kind = problem.call, problem.experts, problem.device_kind
-        variant = Variant(
-            call.activation.name,
-            "per_token" if experts.activation_scheme == "per_token" else "static",
-            finalize=not self.deterministic,
-        )
+        scheme = experts.activation_scheme
+        finalize = not self.deterministic and scheme != "none"
+        variant = Variant(call.activation.name, scheme, finalize)
         versions = [each for each, has in cute_dsl.VERSIONS.items() if variant in has]
         if (reason := not_built(self.name, versions, device_kind)) is not None:
             return f"{reason}, with FlashInfer {' or '.join(versions)}"
@@ -185,6 +185,10 @@ def layer_of(problem: Problem, version: str, *, deterministic: bool) -> Layer:
 
 def _not_there(callee: Callee, module: Module, experts: ExpertWeights) -> str | None:
     """Why functions cannot be called for experts, or None if they can."""
+    known = cute_dsl.tactics_of(callee.variant, "all")
+    if callee.tactic not in known:
+        scheme = f"activation_scheme={experts.activation_scheme!r}"
+        return f"{callee.tactic}: for {scheme} its kernels are compiled for {known[0]} alone"
     per_token = experts.activation_scheme == "per_token"
     hidden_size, intermediate_size = padded_sizes(
         "cute_dsl",
@@ -208,7 +212,11 @@ def _not_computed(call: Call, experts: ExpertWeights) -> str | None:
     biased = experts.w13_bias is not None or experts.w2_bias is not None
     return first_that_holds(
         (call.numerics != "kernel", f"numerics={call.numerics!r} is the emulation's alone"),
-        (scheme == "none", "activation_scheme='none': it multiplies quantised activations only"),
+        (
+            scheme == "none" and experts.num_experts > W4A16_EXPERTS,
+            f"activation_scheme='none' and {experts.num_experts} experts: it is compiled for "
+            f"{W4A16_EXPERTS} at most",
+        ),
         (biased, "the experts have biases, and it adds none"),
         (activation.name == "gelu", "activation 'gelu': it has silu, gelu_tanh, swiglu_oai, relu2"),
         (

@@ -53,7 +53,7 @@ def tune(
         intermediate_size: I.
         tokens: of each of these T the fastest is found.
         activation: its name.
-        activation_scheme: "static" or "per_token".
+        activation_scheme: "static" or "per_token"; for "none" there is one tactic.
         deterministic: as in `CuteDsl`.
         cache: where the table is, `bridge.manifest.default_cache()` if not given.
         progress: show it on stderr; None means where that is a terminal.
@@ -63,14 +63,19 @@ def tune(
 
     Raises:
         ValueError: a size does not fit.
-        NotImplementedError: the kernels cannot serve the layer here, or none is built; the message
-            says why.
+        NotImplementedError: the kernels cannot serve the layer here, none is built, or there is
+            one tactic; the message says why.
         OSError: the table cannot be read or written.
     """
     if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens is {list(tokens)}, expected one number or more, each 1 or more")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k is {top_k}, expected 1 to {num_experts}, num_experts")
+    if activation_scheme == "none":
+        raise NotImplementedError(
+            "activation_scheme is 'none', for which cute_dsl has one tactic: there is nothing to "
+            "measure"
+        )
     kind = Activation(activation)
     experts = _random_experts(
         num_experts, hidden_size, intermediate_size, activation_scheme, kind.gated

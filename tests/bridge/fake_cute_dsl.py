@@ -34,9 +34,23 @@ VERSIONS = {
         second="use_a_per_token_scale=False, use_fused_finalize=True",
     ),
 }
-# What that imports, and packages that must not be run.
+# Of the later version, beside the others: its package does not have it.
+W4A16 = """
+from flashinfer.tllm_enums import DEFAULT_SWIGLU_ALPHA, DEFAULT_SWIGLU_BETA, DEFAULT_SWIGLU_LIMIT
+
+class Sm100W4A16GroupedGemmKernel:
+    def __init__(self, acc_dtype, use_2cta_instrs, mma_tiler_mnk, cluster_shape_mn, group_count,
+                 activation_type, swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta,
+                 situ_linear_beta, use_fused_finalize, enable_pdl, use_clc_scheduler,
+                 raster_along_m, transform_fragment_size, m_cluster_aligned):
+        self.options = {key: value for key, value in locals().items() if key != "self"}
+"""
+# What they import, and packages that must not be run.
 AROUND = {
-    "tllm_enums": "ActivationType = None",
+    "tllm_enums": (
+        "ActivationType = None\n"
+        "DEFAULT_SWIGLU_ALPHA, DEFAULT_SWIGLU_BETA, DEFAULT_SWIGLU_LIMIT = 1.0, 0.0, 3e38"
+    ),
     "quantization/quantization_cute_dsl_utils": "from ..cute_dsl.fp4_common import fast",
     "cute_dsl/fp4_common": "fast = None",
     "fused_moe/cute_dsl/moe_utils": "from ...jit.moe_utils import normalize",
@@ -147,5 +161,7 @@ class Environment(fake_flashinfer.Environment):
     def install_flashinfer(self, version):
         """One of `VERSIONS`."""
         self.install("flashinfer-python", version)
-        kernels = self.package / "fused_moe" / "cute_dsl" / "blackwell" / "kernels.py"
-        write(kernels, VERSIONS[version])
+        folder = self.package / "fused_moe" / "cute_dsl" / "blackwell"
+        write(folder / "kernels.py", VERSIONS[version])
+        if version != "0.6.13":
+            write(folder / "moe_w4a16_kernel.py", W4A16)

@@ -63,18 +63,20 @@ def test_names():
     assert names[-1] == "gemm2_finalize_static_t256_n256_c2_sm100a"
     assert functions("10.3a", "default", "0.7.2.post1") == [
         *(
-            f"gemm1_{activation}_{scheme}_t128_n128_sm103a"
+            f"gemm1_{activation}_{scheme}_sm103a"
             for activation in ("silu", "swiglu_oai", "gelu_tanh", "relu2")
-            for scheme in ("static", "per_token")
+            for scheme in ("static_t128_n128", "per_token_t128_n128", "none_t128")
         ),
         *(
             f"gemm2_{what}_{scheme}_t128_n128_c1_sm103a"
             for scheme in ("static", "per_token")
             for what in ("finalize", "rows")
         ),
+        "gemm2_rows_none_t128_sm103a",
     ]
     names = functions("10.0a", version="0.7.2.post1")
-    assert len(set(names)) == len(names) == 64
+    assert len(set(names)) == len(names) == 69
+    assert len([name for name in names if "_none_" in name]) == 5
 
 
 def test_builds(fake):
@@ -128,11 +130,16 @@ def test_what_is_compiled(fake):
     assert gemm2["arguments"][1] == ["uint8", ["E/1", "H/512", "I/2/32"], 32]
 
 
+def quantized(version):
+    """Without those of W4A16."""
+    return [each for each in cute_dsl.VERSIONS[version] if each.scheme != "none"]
+
+
 def test_what_is_compiled_of_later_versions(fake):
     """Beside tilings: activations, in numbers of FlashInfer's, scales and what is written."""
     by_name = compiled_by_name(fake, "0.7.2.post1", "--tactics", "default")
     types = {"silu": 3, "swiglu_oai": 3, "gelu_tanh": 8, "relu2": 6}
-    for variant in cute_dsl.VERSIONS["0.7.2.post1"]:
+    for variant in quantized("0.7.2.post1"):
         gemm1 = by_name[cute_dsl.gemm1(variant, cute_dsl.Tactic(), "10.0a")]
         activation = Activation(variant.activation)
         assert gemm1["activation_type"] == types[variant.activation]
@@ -158,6 +165,37 @@ def test_what_is_compiled_of_later_versions(fake):
         ["float32", ["M/128"], None],
         ["bfloat16", ["T/1", "K/1", "H/128"], 32],
     ]
+
+
+def test_what_is_compiled_for_bfloat16_rows(fake):
+    """One tiling, for as many experts as are ever asked for; nothing that depends on top_k."""
+    by_name = compiled_by_name(fake, "0.7.2.post1", "--tactics", "default")
+    gemm2 = by_name["gemm2_rows_none_t128_sm100a"]
+    for activation, number, constants in (
+        ("silu", 3, (1.0, 0.0, 3e38)),
+        ("swiglu_oai", 3, (1.702, 1.0, 7.0)),
+        ("gelu_tanh", 8, (1.0, 0.0, 3e38)),
+        ("relu2", 6, (1.0, 0.0, 3e38)),
+    ):
+        gemm1 = by_name[f"gemm1_{activation}_none_t128_sm100a"]
+        names = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
+        assert tuple(gemm1[name] for name in names) == constants
+        assert gemm1["activation_type"] == number
+        for gemm in (gemm1, gemm2):
+            assert (gemm["mma_tiler_mnk"], gemm["cluster_shape_mn"]) == ([256, 128, 256], [2, 1])
+            assert gemm["use_2cta_instrs"]
+            assert gemm["group_count"] == cute_dsl.W4A16_EXPERTS
+            assert not (gemm["use_fused_finalize"] or gemm["enable_pdl"])
+            assert gemm["options"].startswith("--enable-tvm-ffi --gpu-arch sm_100a --keep-ptx")
+        # Rows of w1 may end within a cluster of tiles, those of w2 do not.
+        assert not gemm1["m_cluster_aligned"]
+        rows, inner = ("I/128", "I/128") if activation == "relu2" else ("2I/128", "I/64")
+        assert gemm1["arguments"][0] == ["bfloat16", ["M/128", "H/256"], 32]
+        assert gemm1["arguments"][1] == ["uint8", ["E/1", rows, "H/2/128"], 32]
+        assert gemm1["arguments"][7] == ["bfloat16", ["M/128", inner], 32]
+    assert (gemm2["activation_type"], gemm2["m_cluster_aligned"]) == (None, True)
+    assert gemm2["arguments"][1] == ["uint8", ["E/1", "H/256", "I/2/32"], 32]
+    assert gemm2["arguments"][7] == ["bfloat16", ["M/128", "H/256"], 32]
 
 
 @pytest.mark.parametrize("version", cute_dsl.VERSIONS)
@@ -380,9 +418,11 @@ def test_all_kernels_compile(real):
             (ptx,) = (cache / "cute_dsl" / "objects").glob(f"{name}-*.ptx")
             text = ptx.read_text()
             assert f".target sm_{arch.replace('.', '')}" in text
-            group = 2 if "_t256_" in name else 1
-            mma = f"tcgen05.mma.cta_group::{group}.kind::mxf4nvf4.block_scale.block16"
-            assert mma in text, name
+            group = 2 if "_t256_" in name or "_none_" in name else 1
+            # W4A16's weights are decoded before they are multiplied.
+            kind = "f16" if "_none_" in name else "mxf4nvf4.block_scale.block16"
+            assert f"tcgen05.mma.cta_group::{group}.kind::{kind}" in text, name
+            assert ("mxf4nvf4" in text) == ("_none_" not in name), name
             adds = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16" in text
             assert adds == ("_finalize_" in name), name
     print(f"all, for 10.0a: {built.seconds} s")
@@ -424,6 +464,13 @@ def gemm2_of(*own):
     ]  # fmt: skip
 
 
+def w4a16_of(k, columns, written):
+    return [
+        ("bfloat16", M, k), ("uint8", E, columns, k // 2), ("e4m3", E, columns, k // 16),
+        ("float32", E), ("int32", TILES), ("int32", TILES), ("int32", 1), ("bfloat16", M, written),
+    ]  # fmt: skip
+
+
 FP4 = ("float32", 1), ("uint8", M, I // 2), ("e4m3", M, I // 16)
 BF16 = ("float32", T), ("bfloat16", M, I)
 SUM, ROWS = ("bfloat16", T, H), ("bfloat16", T, K, H)
@@ -431,6 +478,9 @@ SILU, RELU2 = "gemm1_silu_static_t128_n128_sm100a", "gemm1_relu2_static_t128_n12
 OWN, RELU2_OWN = SILU.replace("static", "per_token"), RELU2.replace("static", "per_token")
 FINALIZE = "gemm2_finalize_static_t128_n128_c1_sm100a"
 SLOTS, SLOTS_OWN = (f"gemm2_rows_{each}_t128_n128_c1_sm100a" for each in ("static", "per_token"))
+W4A16, W4A16_RELU2, W4A16_ROWS = (
+    f"{each}_none_t128_sm100a" for each in ("gemm1_silu", "gemm1_relu2", "gemm2_rows")
+)
 FUNCTIONS = {
     SILU: gemm1_of(2 * I, *FP4),
     FINALIZE: gemm2_of(SUM),
@@ -439,6 +489,9 @@ FUNCTIONS = {
     RELU2_OWN: gemm1_of(I, *BF16),
     SLOTS: gemm2_of(ROWS),
     SLOTS_OWN: gemm2_of(("float32", M), ROWS),
+    W4A16: w4a16_of(H, 2 * I, I),
+    W4A16_RELU2: w4a16_of(H, I, I),
+    W4A16_ROWS: w4a16_of(I, H, H),
 }
 
 
@@ -482,6 +535,16 @@ def test_calls_that_fit_reach_the_driver(real, name):
         (SLOTS, 10, ("bfloat16", T, K + 1, H), "output"),
         (SLOTS, 10, ("bfloat16", T * K, H), "output"),
         (SLOTS_OWN, 10, ("float32", M + 1), "per_row_scales"),
+        (W4A16, 0, ("uint8", M, H), "bfloat16"),
+        (W4A16, 0, ("bfloat16", M - 64, H), "hidden_states"),
+        (W4A16, 1, ("uint8", E, 2 * I + 64, H // 2), "w1"),
+        (W4A16, 2, ("e4m3", E + 1, 2 * I, H // 16), "w1_scale"),
+        (W4A16, 3, ("float32", E + 1), "alpha"),
+        (W4A16, 5, ("int32", TILES + 1), "tile_idx_to_mn_limit"),
+        (W4A16, 7, ("bfloat16", M, I + 32), "out"),
+        (W4A16_RELU2, 7, ("bfloat16", M, I + 128), "out"),
+        (W4A16_ROWS, 1, ("uint8", E, H + 128, I // 2), "w2"),
+        (W4A16_ROWS, 7, ("bfloat16", M + 128, H), "output"),
     ],
 )
 def test_calls_that_do_not_fit(real, name, index, tensor, said):

@@ -3,8 +3,8 @@
 Functions of their names do nothing; before each call its buffers are read, and its outputs written
 as the documented arithmetic has it (flashinfer-python 0.6.13, fused_moe/cute_dsl/blackwell:
 blockscaled_contiguous_gather_grouped_gemm_swiglu_fusion.py, lines 2595-2791, and
-blockscaled_contiguous_grouped_gemm_finalize_fusion.py, lines 1906-2066). What comes out is what the
-emulation computes.
+blockscaled_contiguous_grouped_gemm_finalize_fusion.py, lines 1906-2066; W4A16's: 0.7.2.post1,
+moe_w4a16_kernel.py, lines 1927-2351). What comes out is what the emulation computes.
 """
 
 import ctypes
@@ -58,7 +58,7 @@ class Kernels:
     def __init__(self, case, tile=128, finalize=True, spoilt=None):
         self.case, self.tile, self.finalize = case, tile, finalize
         self.spoilt = spoilt or {}
-        self.own_scales = case.scheme == "per_token"
+        self.own_scales, self.unquantized = case.scheme == "per_token", case.scheme == "none"
         gated, per_token = case.gated, self.own_scales
         multiple = 512 if per_token and not gated else 256
         self.hidden = multiple * -(-case.hidden // multiple)
@@ -80,7 +80,7 @@ class Kernels:
         return data
 
     def is_last(self, name):
-        return name == ("out" if self.own_scales else "out_scale")
+        return name == ("out_scale" if self.case.scheme == "static" else "out")
 
     def read(self, name):
         values = self.given[name].view(DTYPES.get(name, np.uint8))
@@ -97,19 +97,25 @@ class Kernels:
     def first(self):
         case = self.case
         factor = 2 if case.gated else 1
-        x = kernel_model.values(
-            self.read("hidden_states").reshape(case.tokens, -1),
-            self.read("hidden_states_scale").reshape(case.tokens, -1),
-        )
+        if self.unquantized:  # and already gathered
+            x = self.read("hidden_states").view(BFLOAT16).astype(np.float64)
+            x = x.reshape(-1, self.hidden)
+            tokens = np.arange(len(x))
+        else:
+            x = kernel_model.values(
+                self.read("hidden_states").reshape(case.tokens, -1),
+                self.read("hidden_states_scale").reshape(case.tokens, -1),
+            )
+            tokens = self.read("token_ids")
         if self.own_scales:
             x = x * self.read("per_token_scales").astype(np.float64)[:, None]
         w1 = kernel_model.stored_weights(
             self.read("w1"), self.read("w1_scale"), case.experts, factor * self.inter, self.hidden
         )
-        alpha, tokens = self.read("alpha"), self.read("token_ids")
+        alpha = self.read("alpha")
         out = self.given["out"]
         out[:] = 0xFF  # NaNs and large numbers, where nothing is written
-        if self.own_scales:
+        if self.own_scales or self.unquantized:
             hidden = out.view(BFLOAT16).reshape(len(tokens), self.inter)
         else:
             codes = out.reshape(len(tokens), self.inter // 2)
@@ -118,7 +124,7 @@ class Kernels:
             norm = self.read("fc2_input_scale")[0]
         for row, expert in self.rows():
             between = self.activated(w1[expert] @ x[tokens[row]] * float(alpha[expert]))
-            if self.own_scales:
+            if self.own_scales or self.unquantized:
                 hidden[row] = between.astype(np.float32).astype(BFLOAT16)
                 continue
             codes[row], scale = kernel_model.quantised(between * float(norm))
@@ -137,12 +143,21 @@ class Kernels:
         return up * gate / (1 + np.exp(-(1.702 if name == "swiglu_oai" else 1) * gate))
 
     def second(self):
-        case, weights = self.case, self.read("token_final_scales").astype(np.float64)
-        codes = self.read("a").reshape(-1, self.inter // 2)
-        scales, alpha = self.read("a_scale"), self.read("alpha")
+        case, alpha = self.case, self.read("alpha")
         w2 = kernel_model.stored_weights(
             self.read("w2"), self.read("w2_scale"), case.experts, self.hidden, self.inter
         )
+        if self.unquantized:
+            a = self.read("a").view(BFLOAT16).reshape(-1, self.inter)
+            y = self.given["output"].view(BFLOAT16).reshape(-1, self.hidden)
+            y[:] = np.nan
+            for row, expert in self.rows():
+                result = w2[expert] @ a[row].astype(np.float64) * float(alpha[expert])
+                y[row] = result.astype(np.float32).astype(BFLOAT16)
+            return
+        weights = self.read("token_final_scales").astype(np.float64)
+        codes = self.read("a").reshape(-1, self.inter // 2)
+        scales = self.read("a_scale")
         pairs = self.read("permuted_idx_to_expanded_idx")
         output = self.given["output"].view(BFLOAT16).reshape(-1, self.hidden)
         if self.finalize:
@@ -176,6 +191,10 @@ CASES = [
     Case(9, 3, 5, 272, 80, scheme="per_token", layout="cute_dsl"),
     Case(9, 3, 5, 272, 80, "swiglu_oai", "per_token", layout="cute_dsl"),
     Case(9, 3, 5, 272, 80, "relu2", "per_token", layout="cute_dsl"),
+    Case(9, 3, 5, 272, 80, scheme="none", layout="linear"),
+    Case(9, 3, 5, 272, 80, "swiglu_oai", "none", layout="cute_dsl"),
+    Case(9, 3, 5, 272, 80, "gelu_tanh", "none", layout="cute_dsl"),
+    Case(9, 3, 5, 272, 80, "relu2", "none", layout="cute_dsl"),
 ]
 
 
@@ -194,7 +213,7 @@ def computed(fake):
     """A function to the result of a call, by the kernels in numpy."""
 
     def compute(case, arguments, tactic=None, *, tile=None, finalize=True, spoilt=None):
-        tactic = tactic or Tactic()
+        tactic, finalize = tactic or Tactic(), finalize and case.scheme != "none"
         kernels = Kernels(case, tile or tactic.tile, finalize, spoilt)
         present_host_as(CPU, 0, kernels.present)
         return np.asarray(program(case, tactic, finalize)(*arguments), np.float64)
@@ -218,6 +237,9 @@ def controls(case):
     def larger(values):
         return values * np.float32(1.1)
 
+    def shifted(data):  # of two bytes each
+        return np.roll(data.reshape(-1, 128, 2), 1, axis=1).reshape(-1)
+
     def exchanged(data):  # groups of 64 rows, each two in the other order
         groups = data.reshape(-1, 2, 64, data.size // (case.experts * rows))
         return groups[:, ::-1].reshape(-1)
@@ -225,17 +247,21 @@ def controls(case):
     rows = 2 * 64 * -(-case.intermediate // 64)
     found = {
         "nibbles": {"1 w1": lambda data: data << 4 | data >> 4},
-        "nibbles between": {"2 a": lambda data: data << 4 | data >> 4},
         "linear scales": {"2 w2_scale": lambda s: s.reshape(-1, 4, 128).swapaxes(1, 2).reshape(-1)},
-        "linear scales between": {
-            "2 a_scale": lambda s: s.reshape(-1, 4, 128).swapaxes(1, 2).reshape(-1)
-        },
         "a wrong scale": {"1 alpha": larger},
         "another wrong scale": {"2 alpha": larger},
     }
+    if case.scheme == "none":
+        found["tokens shifted"] = {"1 hidden_states": shifted}
+        found["shifted between"] = {"2 a": shifted}
+    else:
+        found["nibbles between"] = {"2 a": lambda data: data << 4 | data >> 4}
+        found["linear scales between"] = {
+            "2 a_scale": lambda s: s.reshape(-1, 4, 128).swapaxes(1, 2).reshape(-1)
+        }
     if case.scheme == "static":
         found["the wrong norm"] = {"1 fc2_input_scale": larger}
-    else:
+    if case.scheme == "per_token":
         found["a row's wrong scale"] = {"2 per_row_scales": larger}
     if case.gated:
         found["gate and up exchanged"] = {"1 w1": exchanged, "1 w1_scale": exchanged_scales}
@@ -251,7 +277,9 @@ def exchanged_scales(scales):
 def test_the_documented_arithmetic_gives_the_emulations_result(case, computed, record_property):
     """On these very buffers; and not on others (the controls)."""
     arguments = arguments_of(case)
-    expected = np.asarray(expected_of(case, arguments).astype(jnp.bfloat16), np.float64)
+    # W4A16's rows are added by JAX, in float32.
+    dtype = jnp.float32 if case.scheme == "none" else jnp.bfloat16
+    expected = np.asarray(expected_of(case, arguments).astype(dtype), np.float64)
     error = error_of(computed(case, arguments), expected)
     record_property("rel_l2", error)
     assert error <= 1e-3
@@ -271,7 +299,7 @@ def test_it_is_added_to_zeros(computed):
     np.testing.assert_allclose(ones, 1, atol=0.05)
 
 
-@pytest.mark.parametrize("scheme", ["static", "per_token"])
+@pytest.mark.parametrize("scheme", ["static", "per_token", "none"])
 def test_rows_that_are_added_in_their_order(scheme, computed):
     """What nobody wrote, of ids that are another device's, is left out; and nothing is rounded
     twice: the sum is the emulation's, but for ties in what lies between.
@@ -285,6 +313,17 @@ def test_rows_that_are_added_in_their_order(scheme, computed):
     spoilt = {"2 alpha": lambda values: values * np.float32(1.1)}
     y = computed(case, arguments, finalize=False, spoilt=spoilt)
     assert error_of(y, expected_of(case, arguments)) > 1e-2
+
+
+def test_tokens_of_another_type(computed):
+    """W4A16's kernels take bfloat16."""
+    case = Case(9, 3, 5, 272, 80, scheme="none", layout="cute_dsl")
+    x, *others = arguments_of(case)
+    wide = x.astype(jnp.float32) * 1.001
+    rounded = wide.astype(jnp.bfloat16)
+    assert not (rounded.astype(jnp.float32) == wide).all()
+    got, want = (computed(case, (each, *others)) for each in (wide, rounded))
+    np.testing.assert_array_equal(got, want)
 
 
 def test_larger_tiles(computed):
@@ -338,6 +377,9 @@ def test_names():
     assert cute_dsl.gemm1(Variant(), tactic, "10.0a") == "gemm1_silu_static_t256_n128_sm100a"
     rows = Variant(scheme="per_token", finalize=False)
     assert cute_dsl.gemm2(rows, tactic, "10.3a") == "gemm2_rows_per_token_t256_n256_c2_sm103a"
+    rows = Variant("relu2", "none", finalize=False)
+    assert cute_dsl.gemm1(rows, Tactic(), "10.3a") == "gemm1_relu2_none_t128_sm103a"
+    assert cute_dsl.gemm2(rows, Tactic(), "10.3a") == "gemm2_rows_none_t128_sm103a"
 
 
 def test_an_argument_too_many():

@@ -77,12 +77,6 @@ def test_trtllm_comes_first(add, add_module):
     ("version", "make", "options", "expected"),
     [
         (OLD, prepared, {"numerics": "vllm"}, "numerics='vllm' is the emulation's alone"),
-        (
-            NEW,
-            lambda: prepared("none"),
-            {},
-            "activation_scheme='none': it multiplies quantised activations only",
-        ),
         (NEW, prepared, {"activation": "gelu"}, "activation 'gelu': it has silu, gelu_tanh, "),
         (
             NEW,
@@ -98,6 +92,7 @@ def test_trtllm_comes_first(add, add_module):
             "build cute_dsl`, with FlashInfer 0.7.2.post1",
         ),
         (OLD, lambda: prepared("per_token"), {}, "build cute_dsl`, with FlashInfer 0.7.2.post1"),
+        (OLD, lambda: prepared("none"), {}, "build cute_dsl`, with FlashInfer 0.7.2.post1"),
         (OLD, layer, {}, "an expert's gate and up have different global scales"),
         (
             NEW,
@@ -118,7 +113,7 @@ def test_what_it_does_not_serve(version, make, options, expected, add):
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "swiglu_oai", "relu2"])
-@pytest.mark.parametrize("scheme", ["static", "per_token"])
+@pytest.mark.parametrize("scheme", ["static", "per_token", "none"])
 def test_what_the_newer_serves(activation, scheme, add):
     add(OLD)
     add(NEW)
@@ -210,6 +205,63 @@ def test_options(add):
     assert second.values["per_row_scales"] == "tensor<2048xf32>"
     assert second.values["output"] == "tensor<16x4x512xbf16>"
     assert second.updated == ()
+
+
+# W4A16: rows as they are sorted, in bfloat16.
+W4A16_GEMM1 = {
+    "hidden_states": "tensor<1024x512xbf16>",
+    **{name: GEMM1[name] for name in ("w1", "w1_scale", "alpha")},
+    **{name: GEMM1[name] for name in ("tile_idx_to_expert_idx", "tile_idx_to_mn_limit")},
+    "num_non_exiting_tiles": "tensor<1xi32>",
+    "out": "tensor<1024x128xbf16>",
+}
+W4A16_GEMM2 = {
+    "a": "tensor<1024x128xbf16>",
+    **{name: GEMM2[name] for name in ("w2", "w2_scale", "alpha")},
+    **{name: GEMM2[name] for name in ("tile_idx_to_expert_idx", "tile_idx_to_mn_limit")},
+    "num_non_exiting_tiles": "tensor<1xi32>",
+    "output": "tensor<1024x512xbf16>",
+}
+
+
+@pytest.mark.parametrize("implementation", ["cute_dsl", nvm.CuteDsl(nvm.Tactic(), True)], ids=repr)
+def test_unquantised_activations(implementation, add):
+    """Always without an addition in the kernel, and with one tactic."""
+    add(NEW)
+    made = exported(implementation, prepared("none"))
+    first, second = calls_of(made)
+    assert first.function == "gemm1_silu_none_t128_sm100a"
+    assert second.function == "gemm2_rows_none_t128_sm100a"
+    assert list(first.values.items()) == list(W4A16_GEMM1.items())
+    assert list(second.values.items()) == list(W4A16_GEMM2.items())
+    assert (first.updated, second.updated) == ((), ())
+    assert "dot_general" not in made.mlir_module()
+
+
+def test_tactics_for_unquantised_activations(add):
+    add(NEW)
+    assert "Tactic" not in reason(prepared("none"))[1]
+    (x, logits), experts = tokens(), prepared("none")
+    expected = re.escape(
+        "Tactic(tile=256, gemm1_n=128, gemm2_n=128, gemm2_cluster_n=1): for "
+        "activation_scheme='none' its kernels are compiled for Tactic(tile=128, gemm1_n=128, "
+        "gemm2_n=128, gemm2_cluster_n=1) alone"
+    )
+    wanted = nvm.CuteDsl(tactic=nvm.Tactic(tile=256))
+    with on(B200), pytest.raises(NotImplementedError, match=expected):
+        nvm.nvfp4_moe(x, logits, experts, ROUTING, implementation=wanted)
+
+
+def test_more_experts_than_are_compiled_in(add):
+    add(NEW)
+    experts = jax.eval_shape(
+        lambda: nvm.quantize_experts(
+            *[jnp.zeros(shape) for shape in ((4097, 16, 16),) * 3], activation_scheme="none"
+        )
+    )
+    used, why = reason(experts)
+    assert not used
+    assert why == "activation_scheme='none' and 4097 experts: it is compiled for 4096 at most"
 
 
 def test_options_that_are_none():

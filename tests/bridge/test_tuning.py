@@ -143,6 +143,8 @@ def test_nothing_to_measure(nothing_built):
         measuring.tune(**SIZES, tokens=[4])
     with pytest.raises(ValueError, match=r"tokens is \[\], expected one number or more"):
         measuring.tune(**SIZES, tokens=[])
+    with pytest.raises(NotImplementedError, match="'none', for which cute_dsl has one tactic"):
+        measuring.tune(**SIZES, tokens=[4], activation_scheme="none")
     with pytest.raises(ValueError, match="top_k is 9, expected 1 to 8"):
         measuring.tune(**{**SIZES, "top_k": 9}, tokens=[4])
 
