@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.compile_flags import QUICK
+
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,6 +20,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run, however slow the machine.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick-compile",
+        action="store_true",
+        help="have XLA optimise as little as it can, which takes less than half the time",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--quick-compile"):  # XLA reads them when the first test needs it.
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK])
+
 
 GOLDENS = Path(__file__).parent / "goldens"
 

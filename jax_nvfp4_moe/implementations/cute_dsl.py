@@ -31,8 +31,11 @@ from jax_nvfp4_moe.layouts import padded_sizes
 from jax_nvfp4_moe.routing import Routing, route
 from jax_nvfp4_moe.tuning import Layer, look_up
 
-# How far it is believed: docs/bridge.md has the five steps.
-_EVIDENCE = "evidence 3 of 5: its launches were recorded, it has never run on a GPU"
+# How far each version is believed: docs/bridge.md has the five steps.
+_EVIDENCE = {
+    "0.6.13": "evidence 3 of 5: its launches were recorded, it has never run on a GPU",
+    "0.7.2.post1": "evidence 2 of 5: its kernels compile, it has never run on a GPU",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +92,7 @@ class CuteDsl:
         if experts.layout != self.name:
             prepared = "prepare(experts, 'cute_dsl') does it once"
             parts.append(f"rearranges all weights in each call: {prepared}")
-        return "; ".join([*parts, _EVIDENCE])
+        return "; ".join([*parts, _EVIDENCE[module.version]])
 
     def find(self, problem: Problem) -> tuple[Module, Callee] | str:
         """The functions that serve a call, and the module that has them; or why there are none."""

@@ -74,8 +74,8 @@ if library.exists():
     sys.exit(print("ninja: no work to do."))
 print(f"[1/2] c++ -c {'x' * 1000} source.cpp", flush=True)
 if fake == "fail":
-    print("FAILED: source.o")
-    print("source.cpp:1:1: error: no such thing")
+    print("FAILED: source.o", flush=True)
+    print("source.cpp:1:1: error: no such thing", flush=True)
     sys.exit("ninja: build stopped: subcommand failed.")
 if fake == "hang":
     library.write_bytes(b"half")

@@ -62,8 +62,11 @@ def test_explain_says_what_it_does_and_how_far_it_was_run(add):
     assert why.startswith("FlashInfer 0.6.13; reads about ")
     assert "Tactic(tile=128, gemm1_n=128, gemm2_n=128, gemm2_cluster_n=1)" in why
     assert "rearranges all weights in each call: prepare(experts, 'cute_dsl') does it once" in why
-    assert why.endswith("it has never run on a GPU")
+    assert why.endswith("evidence 3 of 5: its launches were recorded, it has never run on a GPU")
     assert "rearranges" not in reason(prepared())[1]
+    add(NEW)
+    assert reason(prepared())[1].endswith("it has never run on a GPU")
+    assert "evidence 2 of 5: its kernels compile" in reason(prepared())[1]
 
 
 def test_trtllm_comes_first(add, add_module):
