@@ -123,6 +123,9 @@ def test_options_are_attributes(rng):
     model.numerics, model.implementation = "kernel", "trtllm"
     with pytest.raises(NotImplementedError, match="trtllm"):
         model(x)
+    model.implementation = nvm.CuteDsl(deterministic=True)
+    with pytest.raises(NotImplementedError, match=r"CuteDsl\(tactic=None, deterministic=True\)"):
+        nnx.jit(lambda model, x: model(x))(model, x)
 
 
 # ------------------------------------------------------------------------------------------- state
