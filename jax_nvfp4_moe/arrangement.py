@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from jax_nvfp4_moe import layouts
 from jax_nvfp4_moe._messages import check_name
-from jax_nvfp4_moe.experts import ExpertWeights, check_experts
+from jax_nvfp4_moe.experts import ExpertWeights, check_experts, padded_sizes
 from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array
 from jax_nvfp4_moe.layouts import Layout
 
@@ -55,13 +55,7 @@ def _from_linear(experts: ExpertWeights, layout: Layout) -> ExpertWeights:
     if layout == "linear":
         return experts
     gated = experts.gated
-    hidden, intermediate = layouts.padded_sizes(
-        layout,
-        experts.hidden_size,
-        experts.intermediate_size,
-        gated=gated,
-        per_token=experts.activation_scheme == "per_token",
-    )
+    hidden, intermediate = padded_sizes(experts, layout)
     order13 = layouts.w13_row_order(layout, intermediate, gated=gated)
     order2 = layouts.w2_row_order(layout, hidden)
 

@@ -93,6 +93,17 @@ for _node in (Nvfp4Array, ExpertWeights):
 # ------------------------------------------------------------------------------------- checks
 
 
+def padded_sizes(experts: ExpertWeights, layout: Layout) -> tuple[int, int]:
+    """H and I as a layout has them, see `layouts.padded_sizes`."""
+    return layouts.padded_sizes(
+        layout,
+        experts.hidden_size,
+        experts.intermediate_size,
+        gated=experts.gated,
+        per_token=experts.activation_scheme == "per_token",
+    )
+
+
 def check_experts(experts: ExpertWeights) -> None:
     """Checks types, shapes, dtypes and metadata, which are known while tracing.
 
@@ -112,13 +123,7 @@ def check_experts(experts: ExpertWeights) -> None:
         _check_dtypes(f"experts.{name}", weights)
     num_experts = experts.w13.data.shape[0]
     gates = 2 if experts.gated else 1
-    hidden, intermediate = layouts.padded_sizes(
-        experts.layout,
-        experts.hidden_size,
-        experts.intermediate_size,
-        gated=experts.gated,
-        per_token=scheme == "per_token",
-    )
+    hidden, intermediate = padded_sizes(experts, experts.layout)
     described_by = (
         f"layout {experts.layout!r}, hidden_size {experts.hidden_size} and intermediate_size "
         f"{experts.intermediate_size}"

@@ -72,6 +72,58 @@ def parse_archs(text: str, known: Collection[str]) -> tuple[str, ...]:
     return archs
 
 
+def make(
+    kind: str,
+    worker: str,
+    arguments: list[str],
+    workspace: str,
+    fields: Callable[[Event], dict[str, Any]],
+    *,
+    python: Path | None,
+    cache: Path | None,
+    progress: bool | None,
+) -> Build:
+    """Runs a worker, keeps the library that it made, and writes that into the manifest.
+
+    Args:
+        kind: what `build` and the manifest call the module.
+        worker: the script's file, beside this one.
+        arguments: its own.
+        workspace: the directory of the cache in which it keeps files.
+        fields: of the manifest's entry, those that are this module's own, from the worker's result.
+        python: the interpreter that runs it, by default this one.
+        cache: where everything goes, `manifest.default_cache()` if not given.
+        progress: show it on stderr; None means where that is a terminal.
+
+    Raises:
+        BuildError: the worker says why.
+        OSError: a file cannot be read or written, or the interpreter cannot be run.
+        ValueError: the manifest is malformed.
+    """
+    cache = (cache or manifest.default_cache()).absolute()
+    cache.mkdir(parents=True, exist_ok=True)
+    manifest.read(cache)  # Malformed is better known now than after half an hour.
+    python = (python or Path(sys.executable)).absolute()
+    script = Path(__file__).with_name(worker)
+    command = [str(python), str(script), *arguments, "--workspace", str(cache / workspace)]
+    with locked(cache), shown(progress) as show:
+        result = run(command, cache / f"build-{kind}.log", show)
+        library = Path(result["library"])
+        version = result["versions"]["flashinfer-python"]
+        path, sha256 = keep(library, cache, f"{kind}-{version}")
+        module = manifest.Module(
+            kind=kind,
+            version=version,
+            path=path,
+            sha256=sha256,
+            tvm_ffi=tvm_ffi() or Path(result["tvm_ffi"]),
+            versions=result["versions"],
+            **fields(result),
+        )
+        manifest.add(module, cache)
+    return Build(module, None if result["built"] else library, round(result["seconds"], 1))
+
+
 def run(command: list[str], log: Path, show: Callable[[Event], None]) -> Event:
     """Runs the worker; returns its result."""
     with log.open("wb") as stderr:

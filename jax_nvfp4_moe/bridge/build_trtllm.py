@@ -1,13 +1,11 @@
 """FlashInfer's TRTLLM-Gen module: `python -m jax_nvfp4_moe build trtllm`."""
 
 import os
-import sys
 from pathlib import Path
 
-from jax_nvfp4_moe.bridge import build, flashinfer, manifest
+from jax_nvfp4_moe.bridge import build, flashinfer
 
 ARCHS = ("10.0a", "10.0f", "10.3a")
-_WORKER = Path(__file__).with_name("_flashinfer_build.py")
 
 
 def build_trtllm(
@@ -34,31 +32,18 @@ def build_trtllm(
         OSError: a file cannot be read or written, or the interpreter cannot be run.
         ValueError: the manifest is malformed.
     """
-    cache = (cache or manifest.default_cache()).absolute()
-    cache.mkdir(parents=True, exist_ok=True)
-    manifest.read(cache)  # Malformed is better known now than after half an hour.
-    python = (python or Path(sys.executable)).absolute()
-    command = [
-        *(str(python), str(_WORKER)),
+    arguments = [
         *("--known", ",".join(flashinfer.PARAMETERS["trtllm_fp4_block_scale_moe"])),
         *("--archs", ",".join(archs)),
-        *("--workspace", str(cache / "flashinfer")),
         *("--jobs", str(jobs or os.cpu_count() or 1)),
     ]
-    with build.locked(cache), build.shown(progress) as show:
-        result = build.run(command, cache / "build-trtllm.log", show)
-        library = Path(result["library"])
-        version = result["versions"]["flashinfer-python"]
-        path, sha256 = build.keep(library, cache, f"trtllm-{version}")
-        module = manifest.Module(
-            kind="trtllm",
-            version=version,
-            archs=tuple(result["archs"]),
-            path=path,
-            sha256=sha256,
-            tvm_ffi=build.tvm_ffi() or Path(result["tvm_ffi"]),
-            cubins=Path(result["cubins"]),
-            versions=result["versions"],
-        )
-        manifest.add(module, cache)
-    return build.Build(module, None if result["built"] else library, round(result["seconds"], 1))
+    return build.make(
+        "trtllm",
+        "_flashinfer_build.py",
+        arguments,
+        "flashinfer",
+        lambda result: {"archs": tuple(result["archs"]), "cubins": Path(result["cubins"])},
+        python=python,
+        cache=cache,
+        progress=progress,
+    )

@@ -6,12 +6,14 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 from jax_nvfp4_moe.bridge import library
+
+T = TypeVar("T")
 
 CACHE_VARIABLE = "JAX_NVFP4_MOE_CACHE"
 
@@ -113,18 +115,45 @@ def read(cache: Path | None = None) -> tuple[Module, ...]:
         OSError: the manifest cannot be read.
         ValueError: it is malformed.
     """
-    file = (cache or default_cache()) / _FILE
+    again = f"{_COMMAND.format('trtllm')} or {_COMMAND.format('cute_dsl')}"
+    return read_entries((cache or default_cache()) / _FILE, "modules", "manifest", _decode, again)
+
+
+def read_entries(
+    file: Path, key: str, what: str, decode: Callable[[dict[str, Any]], T], again: str
+) -> tuple[T, ...]:
+    """The entries of a JSON file that has one list; none if there is no file.
+
+    Args:
+        file: which.
+        key: by which it has the list.
+        what: what it is, in words for the user.
+        decode: makes an entry; a KeyError, TypeError or ValueError of it means that the file is
+            malformed.
+        again: the command that makes the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is malformed.
+    """
     try:
         text = file.read_bytes()
     except FileNotFoundError:
         return ()
     try:
-        return tuple(_decode(entry) for entry in json.loads(text)["modules"])
+        return tuple(decode(entry) for entry in json.loads(text)[key])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is no manifest of modules ({error!r}): delete it, then run "
-            f"{_COMMAND.format('trtllm')} or {_COMMAND.format('cute_dsl')} again"
+            f"{file} is no {what} of {key} ({error!r}): delete it, then run {again} again"
         ) from None
+
+
+def write_entries(file: Path, key: str, entries: Iterable[Any]) -> None:
+    """Writes such a file, of dataclasses, whole; the caller holds its cache (`locked`)."""
+    content = {key: [dataclasses.asdict(each) for each in entries]}
+    new = file.with_name(f"{file.name}.new")  # Nobody else's, under the lock.
+    new.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
+    new.replace(file)
 
 
 def _decode(entry: dict[str, Any]) -> Module:
@@ -167,11 +196,7 @@ def add(module: Module, cache: Path | None = None) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache):
         kept = [each for each in read(cache) if each.name != module.name]
-        entries = [dataclasses.asdict(each) for each in (*kept, module)]
-        text = json.dumps({"modules": entries}, indent=2, default=str) + "\n"
-        new = cache / f"{_FILE}.new"  # Nobody else's, under the lock.
-        new.write_text(text, "utf-8")
-        new.replace(cache / _FILE)
+        write_entries(cache / _FILE, "modules", (*kept, module))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from jax_nvfp4_moe.bridge import cute_dsl
 from jax_nvfp4_moe.bridge.call import Argument, InOut, Output
 from jax_nvfp4_moe.bridge.call import call as bridge_call
 from jax_nvfp4_moe.experts import ExpertWeights
-from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array, quantize, reciprocal, scale_for
+from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array, quantize, reciprocal
 from jax_nvfp4_moe.implementations._cute_dsl_sort import Permutation, moe_sort, rows_of_pairs
 from jax_nvfp4_moe.implementations._native import run_kernels
 from jax_nvfp4_moe.implementations._recipes import Recipe
@@ -121,7 +121,8 @@ class _Layer:
         if self.callee.variant.scheme == "none":
             y = self._unquantized(values, permutation, weights)
         else:
-            y = self._second(*self._first(values, permutation, ids.shape[1]), permutation, weights)
+            hidden = self._first(values, permutation, ids.shape[1])
+            y = self._second(hidden, permutation, weights)
         if not self.callee.variant.finalize:
             # Rows of others' experts were not written.
             here = (ids >= 0) & (ids < experts.num_experts)
@@ -137,97 +138,76 @@ class _Layer:
     ) -> Float[Array, "T K H"]:
         """W4A16's rows; of slots without one, anything."""
         experts = self.experts
-        rows = permutation.permuted_idx_to_expanded_idx
+        rows = permutation.permuted_idx_to_expanded_idx.size
         hidden_size, columns = experts.w2.shape[-2:]
-        tiles: dict[str, Argument] = {
-            "tile_idx_to_expert_idx": permutation.tile_idx_to_expert_idx,
-            "tile_idx_to_mn_limit": permutation.tile_idx_to_mn_limit,
-            "num_non_exiting_tiles": permutation.num_non_exiting_tiles,
-        }
         (hidden,) = self.callee.gemm1(
-            hidden_states=values.astype(jnp.bfloat16)[jnp.maximum(rows, 0) // weights.shape[1]],
+            hidden_states=values.astype(jnp.bfloat16)[permutation.token_ids(weights.shape[1])],
             w1=experts.w13.data,
             w1_scale=experts.w13.scale,
             alpha=_gate_and_up(experts),
-            out=Output((rows.size, columns), jnp.bfloat16),
-            **tiles,
+            out=Output((rows, columns), jnp.bfloat16),
+            **_tiles(permutation),
         )
         (y,) = self.callee.gemm2(
             a=hidden,
             w2=experts.w2.data,
             w2_scale=experts.w2.scale,
             alpha=experts.w2.global_scale,
-            output=Output((rows.size, hidden_size), jnp.bfloat16),
-            **tiles,
+            output=Output((rows, hidden_size), jnp.bfloat16),
+            **_tiles(permutation),
         )
         own = rows_of_pairs(permutation, weights.size).reshape(weights.shape)
         return y[jnp.maximum(own, 0)]
 
     def _first(
         self, values: Float32[Array, "T H"], permutation: Permutation, top_k: int
-    ) -> tuple[Nvfp4Array, Float32[Array, " M"] | None]:
-        """The second GEMM's operand, its scales swizzled; and its rows' scales, if any."""
+    ) -> Nvfp4Array:
+        """The second GEMM's operand, its scales swizzled."""
         experts = self.experts
         rows = permutation.permuted_idx_to_expanded_idx.size
         columns = experts.w2.shape[-1]
-        scale = scale_for(jnp.max(jnp.abs(values), axis=-1)) if self.own_scales else None
-        input_scale = self.recipe.input_scale(experts) if scale is None else jnp.float32(1)
-        assert input_scale is not None  # unsupported
-        x = quantize(values, input_scale if scale is None else scale)
+        input_scale, hidden_scale = self._static_scales()
+        x = quantize(values, per="row") if self.own_scales else quantize(values, input_scale)
         common: dict[str, Argument] = {
             "hidden_states": x.data,
             "hidden_states_scale": x.scale,
             "w1": experts.w13.data,
             "w1_scale": experts.w13.scale,
             "alpha": _gate_and_up(experts) * input_scale,
-            "tile_idx_to_expert_idx": permutation.tile_idx_to_expert_idx,
-            "tile_idx_to_mn_limit": permutation.tile_idx_to_mn_limit,
-            # Of rows without a pair the kernel reads a token too, and throws the row away.
-            "token_ids": jnp.maximum(permutation.permuted_idx_to_expanded_idx, 0) // top_k,
-            "num_non_exiting_tiles": permutation.num_non_exiting_tiles,
+            "token_ids": permutation.token_ids(top_k),
+            **_tiles(permutation),
         }
-        if scale is not None:
+        if self.own_scales:
             out = Output((rows, columns), jnp.bfloat16)
-            (hidden,) = self.callee.gemm1(**common, per_token_scales=scale, out=out)
-            hidden = hidden.astype(jnp.float32)
-            scale = scale_for(jnp.max(jnp.abs(hidden), axis=-1))
-            hidden = quantize(hidden, scale)
-            return dataclasses.replace(hidden, scale=swizzle_scales(hidden.scale)), scale
-        hidden_scale = self.recipe.hidden_scale(experts)
-        assert hidden_scale is not None  # unsupported
-        hidden, block_scale = self.callee.gemm1(
+            (written,) = self.callee.gemm1(**common, per_token_scales=x.global_scale, out=out)
+            hidden = quantize(written, per="row")
+            return dataclasses.replace(hidden, scale=swizzle_scales(hidden.scale))
+        data, block_scale = self.callee.gemm1(
             **common,
             fc2_input_scale=reciprocal(hidden_scale).reshape(1),
             out=Output((rows, columns // 2), jnp.uint8),
             # In tiles of 128 rows and 4 columns.
             out_scale=Output((rows, columns // BLOCK_SIZE), jnp.float8_e4m3fn),
         )
-        return Nvfp4Array(hidden, block_scale, hidden_scale), None
+        return Nvfp4Array(data, block_scale, hidden_scale)
 
     def _second(
-        self,
-        hidden: Nvfp4Array,
-        row_scale: Float32[Array, " M"] | None,
-        permutation: Permutation,
-        weights: Float32[Array, "T K"],
+        self, hidden: Nvfp4Array, permutation: Permutation, weights: Float32[Array, "T K"]
     ) -> Array:
         """The output [T, H], or rows [T, K, H]."""
         experts = self.experts
         columns = experts.w2.shape[-2]
+        _, hidden_scale = self._static_scales()
         own: dict[str, Argument] = {}
-        if row_scale is not None:
-            own = {"per_row_scales": row_scale}
-        alpha = experts.w2.global_scale
+        if self.own_scales:
+            own = {"per_row_scales": hidden.global_scale}
         (y,) = self.callee.gemm2(
             a=hidden.data,
             a_scale=hidden.scale,
             w2=experts.w2.data,
             w2_scale=experts.w2.scale,
-            alpha=alpha if row_scale is not None else alpha * hidden.global_scale,
-            tile_idx_to_expert_idx=permutation.tile_idx_to_expert_idx,
-            tile_idx_to_mn_limit=permutation.tile_idx_to_mn_limit,
+            alpha=experts.w2.global_scale * hidden_scale,
             permuted_idx_to_expanded_idx=permutation.permuted_idx_to_expanded_idx,
-            num_non_exiting_tiles=permutation.num_non_exiting_tiles,
             token_final_scales=weights,
             output=(
                 # The kernel adds to what is there.
@@ -235,9 +215,27 @@ class _Layer:
                 if self.callee.variant.finalize
                 else Output((*weights.shape, columns), jnp.bfloat16)
             ),
+            **_tiles(permutation),
             **own,
         )
         return y
+
+    def _static_scales(self) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+        """Of the input and of what lies between: 1 beside those that rows have of their own."""
+        if self.own_scales:
+            return jnp.float32(1), jnp.float32(1)
+        input_scale = self.recipe.input_scale(self.experts)
+        hidden_scale = self.recipe.hidden_scale(self.experts)
+        assert input_scale is not None and hidden_scale is not None  # check_experts
+        return input_scale, hidden_scale
+
+
+def _tiles(permutation: Permutation) -> dict[str, Argument]:
+    return {
+        "tile_idx_to_expert_idx": permutation.tile_idx_to_expert_idx,
+        "tile_idx_to_mn_limit": permutation.tile_idx_to_mn_limit,
+        "num_non_exiting_tiles": permutation.num_non_exiting_tiles,
+    }
 
 
 def _gate_and_up(experts: ExpertWeights) -> Float32[Array, " E"]:

@@ -28,6 +28,10 @@ class Permutation(NamedTuple):
     permuted_idx_to_expanded_idx: Int32[Array, " M"]
     num_non_exiting_tiles: Int32[Array, " 1"]
 
+    def token_ids(self, top_k: int) -> Int32[Array, " M"]:
+        """Each row's token; of rows without a pair, which the kernels read and throw away, 0."""
+        return jnp.maximum(self.permuted_idx_to_expanded_idx, 0) // top_k
+
 
 def max_tiles(pairs: int, num_experts: int, tile: int) -> int:
     """The largest number of tiles that pairs can take.

@@ -1,30 +1,22 @@
-"""Which of the modules that were built on this machine serves a device, and why none does."""
+"""Which of the modules that were built on this machine serves a device, how, and why none does."""
 
 from collections.abc import Sequence
 
 from jax_nvfp4_moe import devices
 from jax_nvfp4_moe.bridge import library, manifest
+from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.implementations._grouping import expected_hits
+from jax_nvfp4_moe.implementations.base import Problem
 
 
-def module_for(kind: str, versions: Sequence[str], device_kind: str) -> manifest.Module | None:
-    """The newest module of a kind that was compiled for a device.
+def find(kind: str, versions: Sequence[str], device_kind: str) -> manifest.Module | str:
+    """The newest module of a kind that was compiled for a device, or why there is none.
 
     Args:
         kind: what is in it, which is also what `build` calls it.
         versions: those that can be called, the newest last.
         device_kind: of the device.
-
-    Raises:
-        OSError, ValueError: as `manifest.read`.
     """
-    wanted = devices.capability(device_kind)
-    built = _built(kind, versions)
-    fitting = [each for each in built if any(_runs_on(arch, wanted) for arch in each.archs)]
-    return fitting[-1] if fitting else None
-
-
-def not_built(kind: str, versions: Sequence[str], device_kind: str) -> str | None:
-    """Why there is no such module, or None if there is one."""
     if (reason := library.unavailable()) is not None:
         return reason
     command = f"run `python -m jax_nvfp4_moe build {kind}`"
@@ -34,11 +26,29 @@ def not_built(kind: str, versions: Sequence[str], device_kind: str) -> str | Non
         return str(error)
     if not built:
         return f"FlashInfer's module is not built: {command}"
-    if module_for(kind, versions, device_kind) is None:
+    wanted = devices.capability(device_kind)
+    fitting = [each for each in built if any(_runs_on(arch, wanted) for arch in each.archs)]
+    if not fitting:
         archs = ", ".join(dict.fromkeys(arch for module in built for arch in module.archs))
-        wanted = devices.capability(device_kind)
         return f"FlashInfer's module is built for {archs}, not for {wanted}: {command}"
-    return None
+    return fitting[-1]
+
+
+def described(module: manifest.Module, problem: Problem, *details: str) -> str:
+    """How a module serves a problem: the packed bytes it reads, and what else there is to say."""
+    experts = problem.experts
+    hits = expected_hits(problem.tokens, problem.top_k, experts.num_experts)
+    read = hits * experts.nbytes / experts.num_experts / 1e6
+    return "; ".join(
+        [f"FlashInfer {module.version}; reads about {read:.1f} MB of packed weights", *details]
+    )
+
+
+def rearranged(experts: ExpertWeights, layout: str) -> list[str]:
+    """What it costs that experts are in another layout, if they are."""
+    if experts.layout == layout:
+        return []
+    return [f"rearranges all weights in each call: prepare(experts, {layout!r}) does it once"]
 
 
 def make_ready(module: manifest.Module) -> None:

@@ -18,7 +18,7 @@ from jax_nvfp4_moe.bridge import flashinfer
 from jax_nvfp4_moe.bridge.call import Argument, Output
 from jax_nvfp4_moe.bridge.call import call as bridge_call
 from jax_nvfp4_moe.experts import ExpertWeights
-from jax_nvfp4_moe.format import quantize, scale_for
+from jax_nvfp4_moe.format import quantize
 from jax_nvfp4_moe.implementations._native import run_kernels
 from jax_nvfp4_moe.implementations._recipes import Recipe
 from jax_nvfp4_moe.implementations._trtllm_checks import check_arguments
@@ -135,14 +135,13 @@ def _launcher(
 
     def launch(values: Float32[Array, "T H"], routing: Mapping[str, Argument]) -> Array:
         values = jnp.pad(values, ((0, 0), (0, padding)))
-        per_token = scale_for(jnp.max(jnp.abs(values), axis=-1)) if own_scales else None
-        rows = quantize(values, input_scale if per_token is None else per_token)
+        rows = quantize(values, per="row") if own_scales else quantize(values, input_scale)
         arguments = {
             **weights,
             **routing,
             "hidden_states": rows.data,
             "hidden_states_scale": rows.scale,
-            "per_token_scales": per_token,
+            "per_token_scales": rows.global_scale if own_scales else None,
             # Narrower than the padded rows: what was padded is not written.
             "output": Output((len(values), experts.hidden_size), jnp.bfloat16),
         }

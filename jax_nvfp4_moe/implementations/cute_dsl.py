@@ -15,19 +15,18 @@ from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.bridge import cute_dsl
 from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, W4A16_EXPERTS, Tactic, Variant
 from jax_nvfp4_moe.bridge.manifest import Module
-from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.experts import ExpertWeights, padded_sizes
 from jax_nvfp4_moe.implementations import emulation
 from jax_nvfp4_moe.implementations._cute_dsl_call import Callee, run_on
-from jax_nvfp4_moe.implementations._grouping import expected_hits
 from jax_nvfp4_moe.implementations._modules import (
+    described,
+    find,
     first_that_holds,
     make_ready,
-    module_for,
-    not_built,
+    rearranged,
 )
 from jax_nvfp4_moe.implementations._native import in_one_unit
 from jax_nvfp4_moe.implementations.base import Call, Problem
-from jax_nvfp4_moe.layouts import padded_sizes
 from jax_nvfp4_moe.routing import Routing, route
 from jax_nvfp4_moe.tuning import Layer, look_up
 
@@ -80,19 +79,12 @@ class CuteDsl:
 
     def describe(self, problem: Problem) -> str:
         """The module, the packed bytes it reads, the tactic, and how far it was ever run."""
-        experts = problem.experts
         found = self.find(problem)
         assert not isinstance(found, str)  # unsupported
         module, callee = found
-        hits = expected_hits(problem.tokens, problem.top_k, experts.num_experts)
-        read = hits * experts.nbytes / experts.num_experts / 1e6
-        parts = [f"FlashInfer {module.version}; reads about {read:.1f} MB of packed weights"]
-        if callee.variant.scheme != "none":
-            parts.append(str(callee.tactic))
-        if experts.layout != self.name:
-            prepared = "prepare(experts, 'cute_dsl') does it once"
-            parts.append(f"rearranges all weights in each call: {prepared}")
-        return "; ".join([*parts, _EVIDENCE[module.version]])
+        tactic = [] if callee.variant.scheme == "none" else [str(callee.tactic)]
+        details = *tactic, *rearranged(problem.experts, self.name), _EVIDENCE[module.version]
+        return described(module, problem, *details)
 
     def find(self, problem: Problem) -> tuple[Module, Callee] | str:
         """The functions that serve a call, and the module that has them; or why there are none."""
@@ -101,10 +93,9 @@ class CuteDsl:
         finalize = not self.deterministic and scheme != "none"
         variant = Variant(call.activation.name, scheme, finalize)
         versions = [each for each, has in cute_dsl.VERSIONS.items() if variant in has]
-        if (reason := not_built(self.name, versions, device_kind)) is not None:
-            return f"{reason}, with FlashInfer {' or '.join(versions)}"
-        module = module_for(self.name, versions, device_kind)
-        assert module is not None  # not_built
+        module = find(self.name, versions, device_kind)
+        if isinstance(module, str):
+            return f"{module}, with FlashInfer {' or '.join(versions)}"
         try:
             tactics = self._tactics(problem, module.version)
         except (OSError, ValueError) as error:
@@ -192,14 +183,7 @@ def _not_there(callee: Callee, module: Module, experts: ExpertWeights) -> str | 
     if callee.tactic not in known:
         scheme = f"activation_scheme={experts.activation_scheme!r}"
         return f"{callee.tactic}: for {scheme} its kernels are compiled for {known[0]} alone"
-    per_token = experts.activation_scheme == "per_token"
-    hidden_size, intermediate_size = padded_sizes(
-        "cute_dsl",
-        experts.hidden_size,
-        experts.intermediate_size,
-        gated=experts.gated,
-        per_token=per_token,
-    )
+    hidden_size, intermediate_size = padded_sizes(experts, "cute_dsl")
     if not callee.tactic.fits(hidden_size, intermediate_size, gated=experts.gated):
         return f"{callee.tactic} does not divide H {hidden_size} and I {intermediate_size}, padded"
     if absent := [name for name in callee.functions if name not in module.functions]:

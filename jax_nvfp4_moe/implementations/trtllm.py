@@ -12,14 +12,14 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe import devices
 from jax_nvfp4_moe.bridge import flashinfer
-from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.experts import ExpertWeights, padded_sizes
 from jax_nvfp4_moe.implementations import emulation
-from jax_nvfp4_moe.implementations._grouping import expected_hits
 from jax_nvfp4_moe.implementations._modules import (
+    described,
+    find,
     first_that_holds,
     make_ready,
-    module_for,
-    not_built,
+    rearranged,
 )
 from jax_nvfp4_moe.implementations._native import in_one_unit
 from jax_nvfp4_moe.implementations._trtllm_call import (
@@ -37,7 +37,6 @@ from jax_nvfp4_moe.implementations._trtllm_routing import (
 from jax_nvfp4_moe.implementations._trtllm_sizes import Sizes, max_tokens, workspace_bytes
 from jax_nvfp4_moe.implementations._trtllm_weights import ACT_TYPES, finite_limit
 from jax_nvfp4_moe.implementations.base import Call, Problem
-from jax_nvfp4_moe.layouts import padded_sizes
 from jax_nvfp4_moe.routing import Routing
 
 name = "trtllm"
@@ -56,11 +55,11 @@ _EVIDENCE = "evidence 3 of 5: its launches were recorded, it has never run on a 
 
 def unsupported(problem: Problem) -> str | None:
     """Why the kernel cannot serve the problem, or None if it can."""
-    return (
-        _not_computed(problem)
-        or _not_routed(problem)
-        or not_built(name, _VERSIONS, problem.device_kind)
-    )
+    reason = _not_computed(problem) or _not_routed(problem)
+    if reason is not None:
+        return reason
+    module = find(name, _VERSIONS, problem.device_kind)
+    return module if isinstance(module, str) else None
 
 
 def _not_computed(problem: Problem) -> str | None:
@@ -105,27 +104,21 @@ def _not_routed(problem: Problem) -> str | None:
 
 def describe(problem: Problem) -> str:
     """The module, the packed bytes it reads, its workspace, and how far it was ever run."""
-    experts = problem.experts
-    module = module_for(name, _VERSIONS, problem.device_kind)
-    assert module is not None  # unsupported
-    hits = expected_hits(problem.tokens, problem.top_k, experts.num_experts)
-    read = hits * experts.nbytes / experts.num_experts / 1e6
-    parts = [f"FlashInfer {module.version}; reads about {read:.1f} MB of packed weights"]
+    module = find(name, _VERSIONS, problem.device_kind)
+    assert not isinstance(module, str)  # unsupported
+    workspace = []
     if problem.tokens:
-        parts.append(f"workspace {workspace_bytes(module.version, _sizes(problem)) / 1e6:.1f} MB")
-    if experts.layout != name:
-        parts.append("rearranges all weights in each call: prepare(experts, 'trtllm') does it once")
-    return "; ".join([*parts, _EVIDENCE])
+        nbytes = workspace_bytes(module.version, _sizes(problem))
+        workspace = [f"workspace {nbytes / 1e6:.1f} MB"]
+    details = *workspace, *rearranged(problem.experts, name), _EVIDENCE
+    return described(module, problem, *details)
 
 
 def _sizes(problem: Problem) -> Sizes:
     """Of the largest call that serves the problem."""
     experts, per_token = problem.experts, problem.experts.activation_scheme == "per_token"
     num_experts = padded_experts(experts.num_experts)
-    sizes = experts.hidden_size, experts.intermediate_size
-    hidden_size, intermediate_size = padded_sizes(
-        "trtllm", *sizes, gated=experts.gated, per_token=per_token
-    )
+    hidden_size, intermediate_size = padded_sizes(experts, "trtllm")
     return Sizes(
         min(problem.tokens, max_tokens(problem.top_k, num_experts)),
         problem.top_k,
@@ -179,7 +172,7 @@ def run_from_logits(
 
 def _callee() -> Callee:
     """FlashInfer's function for the device that is being traced for."""
-    module = module_for(name, _VERSIONS, devices.current_kind())
-    assert module is not None  # unsupported
+    module = find(name, _VERSIONS, devices.current_kind())
+    assert not isinstance(module, str)  # unsupported
     make_ready(module)
     return Callee(module.name, module.version)

@@ -82,13 +82,13 @@ def tune(
     )
     call = Call(kind, "kernel", jnp.dtype(jnp.bfloat16), None, False)
     problem = Problem(call, experts, max(tokens), top_k, devices.current_kind())
-    every = [CuteDsl(tactic, deterministic) for tactic in TACTICS["all"]]
-    candidates = [each for each in every if each.unsupported(problem) is None]
-    if not candidates:
-        select(CuteDsl(deterministic=deterministic), problem)  # which raises, with the reason
-    found = candidates[0].find(problem)
-    assert not isinstance(found, str)  # unsupported
+    default = CuteDsl(TACTICS["default"][0], deterministic)
+    select(default, problem)  # raises, with the reason, if even that cannot be
+    found = default.find(problem)
+    assert not isinstance(found, str)  # select
     layer = layer_of(problem, found[0].version, deterministic=deterministic)
+    every = [CuteDsl(tactic, deterministic) for tactic in TACTICS["all"]]
+    candidates = [each for each in every if not isinstance(each.find(problem), str)]
     measured = []
     # disable=None: tqdm is silent where stderr is no terminal.
     hidden = None if progress is None else not progress

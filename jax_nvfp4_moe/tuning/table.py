@@ -1,13 +1,12 @@
 """The file of measured tactics, `tactics.json` beside the modules they are of."""
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, Tactic
-from jax_nvfp4_moe.bridge.manifest import default_cache, locked
+from jax_nvfp4_moe.bridge.manifest import default_cache, locked, read_entries, write_entries
 
 _FILE = "tactics.json"
 
@@ -66,27 +65,17 @@ def read(cache: Path | None = None) -> tuple[Measured, ...]:
         OSError: the file cannot be read.
         ValueError: it is malformed.
     """
+    again = "`python -m jax_nvfp4_moe tune cute_dsl`"
     file = (cache or default_cache()) / _FILE
-    try:
-        text = file.read_bytes()
-    except FileNotFoundError:
-        return ()
-    try:
-        return tuple(_decode(**entry) for entry in json.loads(text)["tactics"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{file} is no table of tactics ({error!r}): delete it, then run `python -m "
-            "jax_nvfp4_moe tune cute_dsl` again"
-        ) from None
+    return read_entries(file, "tactics", "table", lambda entry: _decode(**entry), again)
 
 
 def _decode(layer: Any, tokens: Any, tactic: Any, microseconds: Any) -> Measured:
     measured = Measured(Layer(**layer), tokens, Tactic(**tactic), microseconds)
-    fields = Layer.__dataclass_fields__.items()
-    for name, field in (*fields, ("tokens", Measured.__dataclass_fields__["tokens"])):
-        owner = measured if name == "tokens" else measured.layer
-        if type(getattr(owner, name)) is not field.type:
-            raise TypeError(f"{name} is {getattr(owner, name)!r}")
+    types = {field.name: field.type for field in dataclasses.fields(Layer)} | {"tokens": int}
+    for name, value in {**layer, "tokens": tokens}.items():
+        if type(value) is not types[name]:
+            raise TypeError(f"{name} is {value!r}")
     if measured.tactic not in TACTICS["all"]:
         raise ValueError(f"{measured.tactic}")
     return measured
@@ -109,10 +98,7 @@ def add(measured: Iterable[Measured], cache: Path | None = None) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache):
         table = {(each.layer, each.tokens): each for each in (*read(cache), *measured)}
-        entries = [dataclasses.asdict(each) for each in table.values()]
-        new = cache / f"{_FILE}.new"  # Nobody else's, under the lock.
-        new.write_text(json.dumps({"tactics": entries}, indent=2) + "\n", "utf-8")
-        new.replace(cache / _FILE)
+        write_entries(cache / _FILE, "tactics", table.values())
 
 
 def look_up(layer: Layer, tokens: int, cache: Path | None = None) -> Tactic | None:

@@ -11,14 +11,13 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
+from functools import partial
 from pathlib import Path
 
-import click.testing
 import pytest
 
 from jax_nvfp4_moe.bridge import _flashinfer_build, build, build_trtllm, manifest
-from jax_nvfp4_moe.cli import main
+from tests.bridge import commands
 from tests.bridge.fake_flashinfer import IMAGES, NAME, Environment, compile_ahead, write
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler, g++")
@@ -37,12 +36,7 @@ def fake(tmp_path, monkeypatch):
     return environment
 
 
-def run(*arguments):
-    """The exit code, stdout and stderr of a build."""
-    command = ["build", "trtllm", *map(str, arguments)]
-    done = click.testing.CliRunner().invoke(main, command)
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done.exit_code, done.stdout, done.stderr
+run = partial(commands.run, "build", "trtllm")
 
 
 # ------------------------------------------------------------------------------------- compiling
@@ -438,14 +432,6 @@ def alive(pid):
         return False
 
 
-def wait_until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < end, "nothing came"
-        time.sleep(0.05)
-    return result
-
-
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_build(fake, monkeypatch, end):
     """Nothing runs on and nothing half written stays; the next build is as any."""
@@ -462,7 +448,7 @@ def test_an_interrupted_build(fake, monkeypatch, end):
         start_new_session=True,
     )
     with process:
-        wait_until((folder / "pids").exists)
+        commands.wait_until((folder / "pids").exists)
         pids = [int(pid) for pid in (folder / "pids").read_text().split()]
         assert all(map(alive, pids))
         assert (folder / f"{NAME}.so").read_bytes() == b"half"
@@ -476,7 +462,7 @@ def test_an_interrupted_build(fake, monkeypatch, end):
         assert process.returncode == 1
         assert b"Abort" in err
     else:
-        wait_until(lambda: not any(map(alive, pids)))
+        commands.wait_until(lambda: not any(map(alive, pids)))
     assert not any(map(alive, pids))
     assert not (folder / f"{NAME}.so").exists()
     assert not list(fake.cache.glob("trtllm-*"))
@@ -495,7 +481,7 @@ def test_another_build_is_waited_for(fake, capfd):
     with build.locked(fake.cache):
         thread = threading.Thread(target=second)
         thread.start()
-        wait_until(lambda: "Waiting for another build in" in capfd.readouterr().err)
+        commands.wait_until(lambda: "Waiting for another build in" in capfd.readouterr().err)
         thread.join(timeout=2)  # longer than a build takes
         assert (fake.asked(), waited) == ([], [])
     thread.join()

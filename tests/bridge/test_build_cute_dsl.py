@@ -13,13 +13,13 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
-import click.testing
 import pytest
 
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.bridge import build, build_cute_dsl, cute_dsl, library, manifest
-from jax_nvfp4_moe.cli import main
+from tests.bridge import commands
 from tests.bridge.device_tensors import call_on_no_device
 from tests.bridge.fake_cute_dsl import Environment
 from tests.bridge.fake_flashinfer import write
@@ -36,12 +36,7 @@ def fake(tmp_path, monkeypatch):
     return environment
 
 
-def run(*arguments):
-    """The exit code, stdout and stderr of a build."""
-    command = ["build", "cute_dsl", *map(str, arguments)]
-    done = click.testing.CliRunner().invoke(main, command)
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done.exit_code, done.stdout, done.stderr
+run = partial(commands.run, "build", "cute_dsl")
 
 
 def compiled(fake):
@@ -309,14 +304,6 @@ def test_a_failed_build(fake, monkeypatch, how, said):
     assert compiled(fake) == functions("10.0a")  # each once
 
 
-def wait_until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < end, "nothing came"
-        time.sleep(0.05)
-    return result
-
-
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_build(fake, monkeypatch, end):
     """Nothing runs on; what is half written is not taken for whole."""
@@ -327,7 +314,7 @@ def test_an_interrupted_build(fake, monkeypatch, end):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen([sys.executable, "-c", command], env=environment) as process:
         pid = fake.root / "pid"
-        worker = int(wait_until(lambda: pid.exists() and pid.read_text()))
+        worker = int(commands.wait_until(lambda: pid.exists() and pid.read_text()))
         process.send_signal(end)
         process.wait(30)
 
@@ -338,7 +325,7 @@ def test_an_interrupted_build(fake, monkeypatch, end):
             return True
         return False
 
-    wait_until(gone)
+    commands.wait_until(gone)
     assert manifest.read() == ()
     monkeypatch.delenv("FAKE")
     assert run("--python", fake.python, "--arch", "10.0a")[0] == 0
