@@ -13,6 +13,7 @@ from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
 from jax_nvfp4_moe.implementations import emulation, trtllm
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
+from jax_nvfp4_moe.implementations.cpu import Cpu
 from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl
 from jax_nvfp4_moe.routing import Routing, check_fits
 
@@ -22,7 +23,7 @@ IMPLEMENTATIONS: MappingProxyType[str, Implementation | None] = MappingProxyType
         "trtllm": trtllm,
         "cute_dsl": CuteDsl(),
         "triton": None,
-        "cpu": None,
+        "cpu": Cpu(),
         "emulation": emulation,
     }
 )
@@ -81,7 +82,7 @@ class Report:
         return "\n".join(lines)
 
 
-def select(implementation: str | CuteDsl | None, problem: Problem) -> Implementation:
+def select(implementation: str | CuteDsl | Cpu | None, problem: Problem) -> Implementation:
     """The implementation of a call.
 
     Args:
@@ -97,7 +98,7 @@ def select(implementation: str | CuteDsl | None, problem: Problem) -> Implementa
     hint = "None chooses one that can"
     if implementation is None:
         implementation, hint = _first(dataclasses.replace(problem, routing=None)), ""
-    if isinstance(implementation, CuteDsl):
+    if isinstance(implementation, CuteDsl | Cpu):
         name, module = implementation.name, implementation
     else:
         check_name("implementation", implementation, IMPLEMENTATIONS, "None or ")

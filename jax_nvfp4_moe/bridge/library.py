@@ -10,6 +10,7 @@ import jax
 
 # Another meaning of the attributes needs another name: exports outlive the version that wrote them.
 TARGET = "jax_nvfp4_moe_call_v1"
+CPU_LAYER = "jax_nvfp4_moe_layer_on_cpu_v1"
 
 _LIBRARY = Path(__file__).with_name("libjax_nvfp4_moe.so")
 _CALL_SITE = "jax_nvfp4_moe_call_site_v1"
@@ -39,6 +40,8 @@ def _open() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_LIBRARY))
     library.jax_nvfp4_moe_register_module.argtypes = [ctypes.c_char_p] * 4
     library.jax_nvfp4_moe_register_module.restype = ctypes.c_char_p
+    library.jax_nvfp4_moe_cpu_level.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_bool)]
+    library.jax_nvfp4_moe_cpu_level.restype = ctypes.c_char_p
     for suffix in _SUFFIXES.values():
         for name in ("call_site_id", "call_site_info"):
             getattr(library, f"jax_nvfp4_moe_{name}{suffix}").restype = ctypes.c_void_p
@@ -97,6 +100,38 @@ def register_targets(platform: Literal["cuda", "cpu"]) -> None:
         handlers = {stage: jax.ffi.pycapsule(exported(stage)) for stage in stages}
         jax.ffi.register_ffi_target(TARGET, handlers, platform=_PLATFORMS[platform])
         _registered.add(platform)
+
+
+def register_cpu_layer() -> None:
+    """Makes the layer's own kernels for CPUs known to XLA, as `CPU_LAYER`; again does nothing.
+
+    Raises:
+        OSError: the library is not there.
+    """
+    library = _open()
+    with _lock:
+        if CPU_LAYER in _registered:
+            return
+        handler = jax.ffi.pycapsule(library.jax_nvfp4_moe_layer_on_cpu)
+        jax.ffi.register_ffi_target(CPU_LAYER, handler, platform=_PLATFORMS["cpu"])
+        _registered.add(CPU_LAYER)
+
+
+@functools.cache
+def cpu_levels() -> dict[str, bool]:
+    """The instruction sets that the CPU kernels are compiled for, the best first.
+
+    Returns:
+        Whether this machine has each.
+
+    Raises:
+        OSError: the library is not there.
+    """
+    levels: dict[str, bool] = {}
+    supported = ctypes.c_bool()
+    while name := _open().jax_nvfp4_moe_cpu_level(len(levels), ctypes.byref(supported)):
+        levels[name.decode()] = supported.value
+    return levels
 
 
 def _capsule(address: int) -> object:

@@ -1,0 +1,11 @@
+// The level for any machine.
+
+#include "engine_portable.h"
+#include "level.h"
+#include "stages.h"
+
+namespace jax_nvfp4_moe::cpu {
+
+const Stages kPortable = StagesOf<PortableCodes, PortableValues>();
+
+}  // namespace jax_nvfp4_moe::cpu

@@ -1,0 +1,166 @@
+"""Native kernels for CPUs: the "kernel" preset's arithmetic on packed weights, near memory speed.
+
+The C++ is in `ffi/cpu`. Weights are read as they are, in any layout, once for each call.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_nvfp4_moe import layouts
+from jax_nvfp4_moe._messages import check_name
+from jax_nvfp4_moe.bridge import library
+from jax_nvfp4_moe.experts import ExpertWeights, padded_sizes
+from jax_nvfp4_moe.format import Nvfp4Array, expand_global_scale, round_to
+from jax_nvfp4_moe.implementations._grouping import expected_hits
+from jax_nvfp4_moe.implementations._recipes import Recipe
+from jax_nvfp4_moe.implementations.base import Call, Problem
+from jax_nvfp4_moe.implementations.emulation import local_ids, varying_zeros
+from jax_nvfp4_moe.routing import Routing, route
+
+LEVELS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cpu:
+    """The implementation "cpu" with options: `implementation` takes one instead of the name.
+
+    Attributes:
+        level: the instructions to use, one of "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2"
+            and "portable". None, as users want it, means the best that the machine has, found where
+            the call runs. Each gives the same result however many threads there are; two levels
+            add in another order.
+
+    Raises:
+        TypeError, ValueError: not the name of a level.
+    """
+
+    level: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.level is not None:
+            check_name("level", self.level, LEVELS, "None or ")
+
+    @property
+    def name(self) -> str:
+        """What `implementation` calls it."""
+        return "cpu"
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Why the kernels cannot serve the problem, or None if they can."""
+        if problem.call.numerics != "kernel":
+            return f"numerics={problem.call.numerics!r}: it has those of 'kernel' only"
+        if problem.routing is not None:
+            return "it has no router of its own: leave out route_in_kernel"
+        if (reason := library.unavailable()) is not None:
+            return reason
+        levels = library.cpu_levels()
+        if self.level is not None and not levels.get(self.level, False):
+            state = "this machine lacks it" if self.level in levels else "not compiled in"
+            has = ", ".join(name for name, there in levels.items() if there)
+            return f"level {self.level!r}: {state}; there are {has}"
+        return None
+
+    def describe(self, problem: Problem) -> str:
+        """The instructions it would use, and the packed bytes it reads."""
+        levels = library.cpu_levels()
+        level = self.level or next(name for name, there in levels.items() if there)
+        hits = expected_hits(problem.tokens, problem.top_k, problem.experts.num_experts)
+        megabytes = hits * problem.experts.nbytes / problem.experts.num_experts / 1e6
+        return f"{level}; reads about {megabytes:.1f} MB of packed weights for {hits:.0f} experts"
+
+    def run(
+        self,
+        call: Call,
+        x: Float[Array, "T H"],
+        topk_ids: Int32[Array, "T K"],
+        topk_weights: Float32[Array, "T K"],
+        experts: ExpertWeights,
+    ) -> Float[Array, "T H"]:
+        """The layer's output."""
+        if x.shape[0] == 0:
+            return jnp.zeros(x.shape, call.output_dtype)
+        recipe = Recipe(call, experts.activation_scheme, x.dtype)
+        ids = local_ids(call, topk_ids, experts)
+        values = recipe.input_values(x, topk_weights)
+        result = self._call(recipe, values, ids, topk_weights, experts)
+        if call.axis_name is not None:
+            # Each row is zero on all devices but one, so this sum is exact and keeps the slot order.
+            result = recipe.combine(lax.psum(result, call.axis_name), topk_weights)
+        return round_to(result, call.output_dtype).astype(call.output_dtype)
+
+    def run_from_logits(
+        self,
+        call: Call,
+        routing: Routing,
+        x: Float[Array, "T H"],
+        logits: Float[Array, "T E"],
+        bias: Float[Array, " E"] | None,
+        experts: ExpertWeights,
+    ) -> Float[Array, "T H"]:
+        """The layer's output; there is no faster way to route than `route`."""
+        return self.run(call, x, *route(logits, routing, bias=bias), experts)
+
+    def _call(
+        self,
+        recipe: Recipe,
+        values: Float32[Array, "T H"],
+        ids: Int32[Array, "T K"],
+        weights: Float32[Array, "T K"],
+        experts: ExpertWeights,
+    ) -> Float32[Array, "..."]:
+        """The weighted sum [T, H]; with experts on several devices, all rows [T, K, H]."""
+        library.register_cpu_layer()
+        activation, num_experts = recipe.call.activation, experts.num_experts
+        parameters = {name: getattr(activation, name) for name in ("alpha", "beta", "limit")}
+        orders = _row_orders(experts)
+        operands = (
+            values,
+            ids,
+            weights,
+            *_matrix(experts.w13, orders[0], (num_experts, 2 if experts.gated else 1)),
+            _array_or(experts.w13_bias, np.zeros(0)),
+            *_matrix(experts.w2, orders[1], (num_experts,)),
+            _array_or(experts.w2_bias, np.zeros(0)),
+            _array_or(recipe.input_scale(experts), 1.0),
+            _array_or(recipe.hidden_scale(experts), 1.0),
+        )
+        shape = values.shape if recipe.call.axis_name is None else (*ids.shape, values.shape[-1])
+        # Inside shard_map the result varies over every mesh axis that an operand varies over.
+        result = jax.typeof(varying_zeros((), jnp.dtype(jnp.float32), values, ids, weights, experts))
+        target = jax.ffi.ffi_call(library.CPU_LAYER, result.update(shape=shape))
+        return target(
+            *operands,
+            level=self.level or "",
+            scheme=experts.activation_scheme,
+            activation=activation.name,
+            **{name: np.float32(value or 0.0) for name, value in parameters.items()},
+            rounding=jnp.dtype(recipe.row_dtype).name,
+            weighted=not recipe.call.router_weight_on_input,
+            intermediate_size=experts.intermediate_size,
+            swizzled=experts.layout != "linear",
+        )
+
+
+def _matrix(weights: Nvfp4Array, order: np.ndarray, groups: tuple[int, ...]) -> tuple[Array, ...]:
+    scale = expand_global_scale(weights.global_scale, groups)
+    return weights.data, weights.scale, jnp.asarray(order), jnp.broadcast_to(scale, groups)
+
+
+def _array_or(array: Array | None, otherwise: object) -> Float32[Array, "..."]:
+    return jnp.asarray(otherwise if array is None else array, jnp.float32)
+
+
+def _row_orders(experts: ExpertWeights) -> tuple[np.ndarray, np.ndarray]:
+    """Where each logical row of w13 and of w2 is stored; empty where that is its own place."""
+    if experts.layout == "linear":
+        return np.zeros(0, np.int32), np.zeros(0, np.int32)
+    hidden, intermediate = padded_sizes(experts, experts.layout)
+    stored = layouts.w13_row_order(experts.layout, intermediate, gated=experts.gated)
+    groups = layouts.inverse_order(stored).reshape(-1, intermediate)
+    w2 = layouts.inverse_order(layouts.w2_row_order(experts.layout, hidden))
+    return groups[:, : experts.intermediate_size].reshape(-1), w2[: experts.hidden_size]
