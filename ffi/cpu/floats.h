@@ -1,5 +1,5 @@
-// A block of 16 floats and what is computed on it, in the compilers' own vectors, which they lower
-// to any instruction set. Everything here is in an unnamed namespace: each level has its own.
+// Vectors of floats and what is computed on them, in the compilers' own notation, which they lower to
+// any instruction set. Everything here is in an unnamed namespace: each level has its own.
 
 #ifndef JAX_NVFP4_MOE_CPU_FLOATS_H_
 #define JAX_NVFP4_MOE_CPU_FLOATS_H_
@@ -13,9 +13,21 @@ namespace jax_nvfp4_moe::cpu {
 namespace {
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
+// As wide as the instructions are: compilers take wider vectors apart element by element.
+#if defined(__AVX512F__)
+constexpr int64_t kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kWidth = 8;
+#else
+constexpr int64_t kWidth = 4;
+#endif
+constexpr int64_t kParts = kBlock / kWidth;  // vectors in a block
+
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef int8_t Bytes __attribute__((vector_size(kBlock)));
 
 INLINE Floats Load(const float* from) {
   Floats v;
@@ -27,32 +39,32 @@ INLINE void Store(float* to, const Floats& v) { memcpy(to, &v, sizeof v); }
 
 INLINE Ints Bits(const Floats& x) { return (Ints)x; }
 INLINE Floats FromBits(const Ints& bits) { return (Floats)bits; }
-INLINE Floats All(float x) { return x - (Floats){}; }
+INLINE Floats All(float x) { return (Floats){} + x; }
 INLINE Floats Abs(const Floats& x) { return FromBits(Bits(x) & 0x7FFFFFFF); }
 
 // A NaN in x is kept.
 INLINE Floats AtMost(const Floats& x, float limit) { return x > limit ? All(limit) : x; }
 INLINE Floats AtLeast(const Floats& x, float limit) { return x < limit ? All(limit) : x; }
 
-INLINE float Max(const Floats& x) {  // of x >= 0 without NaN
-  float v[kBlock];
-  memcpy(v, &x, sizeof v);
-  for (int half = kBlock / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
-  }
-  return v[0];
-}
-
 INLINE int32_t Sum(const Ints& x) {
-  int32_t v[kBlock];
-  memcpy(v, &x, sizeof v);
-  for (int half = kBlock / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  }
-  return v[0];
+  int32_t sum = 0;
+  for (int64_t i = 0; i < kWidth; ++i) sum += x[i];
+  return sum;
 }
 
-INLINE bool AnyNan(const Floats& x) { return Sum(x != x) != 0; }
+// The largest magnitude: as integers, the bits of NaNs are above those of all other floats.
+INLINE Ints MaxBits(const Ints& most, const Floats& x) {
+  const Ints bits = Bits(Abs(x));
+  return bits > most ? bits : most;
+}
+
+INLINE float Largest(const Ints& bits) {
+  int32_t most = 0;
+  for (int64_t i = 0; i < kWidth; ++i) most = bits[i] > most ? bits[i] : most;
+  float x;
+  memcpy(&x, &most, sizeof x);
+  return x;
+}
 
 // ------------------------------------------------------------------------------------- rounding
 
@@ -99,23 +111,34 @@ INLINE float ScaleFor(float amax) {
 }
 
 // A block at an encode scale: jax_nvfp4_moe.format.quantize_blocks.
-INLINE void Quantize(const Floats& x, float encode, Codes* to) {
-  const bool nan = AnyNan(x);
-  // The sixth of each, as there, though of the largest alone it is the same.
-  const float largest = Max(Abs(x) * (1.0f / 6.0f));
-  const float scale = nan ? __builtin_nanf("") : ToE4m3(encode * largest);
+INLINE void Quantize(const Floats* x, float encode, Codes* to) {
+  Ints most = {};
+  for (int64_t i = 0; i < kParts; ++i) most = MaxBits(most, x[i]);
+  const float largest = Largest(most);
+  // The sixth of the largest; there it is the largest of the sixths, which is the same.
+  const float scale = ToE4m3(encode * (largest * (1.0f / 6.0f)));
   const float step = scale == 0 ? 1.0f : scale;
   float inverse = encode / step;
   inverse = inverse > 0x1.fffffep127f ? 0x1.fffffep127f : inverse;
-  const Floats scaled = x * inverse, a = Abs(scaled);
-  // What each boundary that is passed adds to the doubled value; a tie belongs to the even code.
-  const Ints doubled = -((a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) +
-                         2 * ((a > 2.5f) + (a >= 3.5f)) + 4 * (a > 5.0f));
-  const Ints sign = Bits(scaled) >> 31;
-  const Ints code = (doubled ^ sign) - sign;
+  int32_t codes[kBlock];
+  Ints sum = {};
+  for (int64_t i = 0; i < kParts; ++i) {
+    const Floats scaled = x[i] * inverse, a = Abs(scaled);
+    // What each boundary that is passed adds to the doubled value; a tie belongs to the even code.
+    const Ints doubled = -((a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) +
+                           2 * ((a > 2.5f) + (a >= 3.5f)) + 4 * (a > 5.0f));
+    const Ints sign = Bits(scaled) >> 31;
+    const Ints code = (doubled ^ sign) - sign;
+    sum += code;
+    memcpy(codes + i * kWidth, &code, sizeof code);
+  }
   static constexpr int kOrder[kBlock] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
-  for (int i = 0; i < kBlock; ++i) to->code[i] = static_cast<int8_t>(code[kOrder[i]]);
-  to->correction = -12 * Sum(code);
+  for (int64_t i = 0; i < kBlock; ++i) to->code[i] = static_cast<int8_t>(codes[kOrder[i]]);
+  Bytes shifted;
+  memcpy(&shifted, to->code, sizeof shifted);
+  shifted += 12;
+  memcpy(to->shifted, &shifted, sizeof shifted);
+  to->correction = -12 * Sum(sum);
   to->scale = 64 * scale;
 }
 
@@ -160,7 +183,7 @@ INLINE Floats Erf(Floats x) {
   return AtMost(AtLeast(x * p / q, -1.0f), 1.0f);
 }
 
-// jax_nvfp4_moe.activations.activate, for 16 columns.
+// jax_nvfp4_moe.activations.activate.
 INLINE Floats Activate(Floats gate, Floats up, const Layer& layer) {
   if (layer.curve == Curve::kRelu2) {
     const Floats positive = AtLeast(up, 0.0f);

@@ -2,14 +2,20 @@
 // lanes of a vector, so that their sums never have to be added across it.
 //
 // An `Engine` is one instruction set and one kind of activation:
-//   kLanes      rows in a vector
-//   Block       Codes or Values
-//   Weights     a block of weights of kLanes rows, decoded
-//   Sums        float vector of kLanes
-//   Unpack(panel), Zero(), LoadSums(p), StoreSums(p, v), Add(sums, weights, block)
-//   Transpose(rows, ...), DecodeScales(rows, ...)
-// Weights are read once for all of a task's tokens, and lie in a *panel* then: packed still, but
-// the 8 codes (4 bytes) that are each row's next beside each other.
+//   kLanes, kVectors  rows in a vector; vectors of rows that Multiply keeps sums of at once
+//   Block             Codes or Values
+//   Packed            vector of kLanes dwords: 8 codes of each row
+//   Sums              float vector of kLanes
+//   Few, Many         how a block of weights meets one of a token, in registers or from a panel:
+//     Weights, Operand  the two, decoded and in every lane
+//     Unpack(packed, scales), Broadcast(block), Add(sums, weights, operand)
+//   Transpose(rows, offset, packed)   4 blocks of each row, from byte `offset` on
+//   DecodeScales(rows, count, to)     [count, kLanes] floats, times 2**-8
+//   Zero, Load, Store
+//
+// Few tokens: weights are decoded in registers, for up to kTokens tokens, and the memory's speed is
+// the limit. Many: a panel of decoded weights, small enough for the fastest cache, meets one token
+// after another.
 
 #ifndef JAX_NVFP4_MOE_CPU_PRODUCTS_H_
 #define JAX_NVFP4_MOE_CPU_PRODUCTS_H_
@@ -23,10 +29,11 @@
 namespace jax_nvfp4_moe::cpu {
 namespace {
 
-constexpr int64_t kTokens = 8;     // whose sums are in registers at once
-constexpr int64_t kDepth = 128;    // blocks of a panel: what is used again stays in the cache
+constexpr int64_t kTokens = 8;        // whose sums are in registers at once, when they are few
+constexpr int64_t kStep = 4;          // blocks that are transposed together
+constexpr int64_t kDepth = 128;       // blocks whose scales are decoded together, when they are few
+constexpr int64_t kPanelBlocks = 16;  // of a panel
 constexpr int64_t kMaxLanes = 16;
-constexpr int64_t kPanelRows = 128;  // of all panels that are kept at once
 
 // What a task multiplies: rows of one expert's matrix, in up to two runs (gate and up).
 struct Rows {
@@ -47,10 +54,10 @@ struct Rows {
 
 struct Scratch {
   float sums[kTaskTokens * 2 * kOutputChunk];
-  uint32_t codes[kPanelRows * kDepth * 2];
-  float scales[kPanelRows * kDepth];
+  float scales[kMaxLanes * kDepth];
   uint8_t row_scales[kMaxLanes][kDepth];
-  alignas(64) uint8_t blocks[kTaskTokens * kDepth * sizeof(Values)];
+  alignas(64) uint8_t blocks[kTokens * kDepth * sizeof(Values)];
+  alignas(64) uint8_t panel[512 << 10];
 };
 static_assert(sizeof(Scratch) <= kScratchBytes);
 
@@ -66,59 +73,160 @@ INLINE const uint8_t* RowScales(const Rows& rows, int64_t stored, int64_t from, 
   return copy;
 }
 
-// Rows `row` .. `row + kLanes - 1` and their blocks `from` .. `from + count - 1` into a panel.
+// Rows `row` .. `row + kLanes - 1`, from block `from` on.
 template <class Engine>
-INLINE void LoadPanel(const Rows& rows, int64_t row, int64_t from, int64_t count, uint32_t* codes,
-                      float* scales, Scratch* scratch) {
-  const Matrix& m = *rows.matrix;
-  const uint8_t* code_rows[Engine::kLanes];
-  const uint8_t* scale_rows[Engine::kLanes];
-  for (int64_t lane = 0; lane < Engine::kLanes; ++lane) {
-    const int64_t stored = rows.Stored(row + lane);
-    code_rows[lane] =
-        m.codes + (rows.expert * m.stored_rows + stored) * m.code_stride + from * (kBlock / 2);
-    scale_rows[lane] = RowScales(rows, stored, from, count, scratch->row_scales[lane]);
-  }
-  Engine::Transpose(code_rows, count, codes);
-  Engine::DecodeScales(scale_rows, count, scales);
-}
+struct Lanes {
+  const uint8_t* codes[Engine::kLanes];
+  const uint8_t* scales[Engine::kLanes];
 
-// Adds the products of a panel with `kCount` tokens to their sums. Meanwhile `next`, a panel's
-// codes row by row, is fetched into the cache.
+  INLINE Lanes(const Rows& rows, int64_t row, int64_t from, int64_t count, Scratch* scratch) {
+    const Matrix& m = *rows.matrix;
+    for (int64_t lane = 0; lane < Engine::kLanes; ++lane) {
+      const int64_t stored = rows.Stored(row + lane);
+      codes[lane] =
+          m.codes + (rows.expert * m.stored_rows + stored) * m.code_stride + from * (kBlock / 2);
+      scales[lane] = RowScales(rows, stored, from, count, scratch->row_scales[lane]);
+    }
+  }
+
+  // Calls `use(b, packed)` for each of `count` blocks.
+  template <class Use>
+  INLINE void ForEachBlock(int64_t count, const Use& use) const {
+    typename Engine::Packed packed[2 * kStep];
+    int64_t b = 0;
+    for (; b + kStep <= count; b += kStep) {
+      Engine::Transpose(codes, b * (kBlock / 2), packed);
+      for (int64_t i = 0; i < kStep; ++i) use(b + i, packed + 2 * i);
+    }
+    if (b == count) return;
+    uint8_t copies[Engine::kLanes][kStep * kBlock / 2] = {};  // not to read beyond the last row
+    const uint8_t* rows[Engine::kLanes];
+    for (int64_t lane = 0; lane < Engine::kLanes; ++lane) {
+      memcpy(copies[lane], codes[lane] + b * (kBlock / 2), (count - b) * (kBlock / 2));
+      rows[lane] = copies[lane];
+    }
+    Engine::Transpose(rows, 0, packed);
+    for (int64_t i = 0; b + i < count; ++i) use(b + i, packed + 2 * i);
+  }
+};
+
+// ------------------------------------------------------------------------------------- few tokens
+
+// Adds the products of some rows with `kCount` tokens, whose blocks alternate, to their sums.
+// Meanwhile the rows after these, at `next`, are fetched into the cache.
 template <class Engine, int kCount>
-INLINE void MultiplyPanel(const uint32_t* codes, const float* scales,
+INLINE void MultiplyLanes(const Lanes<Engine>& lanes, const float* scales,
                           const typename Engine::Block* blocks, int64_t count, bool first,
-                          float* sums, int64_t stride, const uint8_t* next, int64_t next_stride) {
-  constexpr int64_t kLanes = Engine::kLanes;
+                          float* sums, int64_t stride, const uint8_t* next) {
+  using Few = typename Engine::Few;
   typename Engine::Sums total[kCount];
   for (int t = 0; t < kCount; ++t) {
-    total[t] = first ? Engine::Zero() : Engine::LoadSums(sums + t * stride);
+    total[t] = first ? Engine::Zero() : Engine::Load(sums + t * stride);
   }
-  const int64_t lines = count * kLanes * 8 / 64;
-  const int64_t lines_in_row = count / 8;
-  int64_t line = 0, in_row = 0;
-  for (int64_t b = 0; b < count; ++b) {
-    if (next != nullptr) {
-      for (int64_t i = 0; i < kLanes / 8 && line < lines; ++i, ++line) {
-        __builtin_prefetch(next + in_row * 64, 0, 3);
-        if (++in_row >= lines_in_row) in_row = 0, next += next_stride;
-      }
+  lanes.ForEachBlock(count, [&](int64_t b, const typename Engine::Packed* packed) INLINE_LAMBDA {
+    __builtin_prefetch(next + b * 64);
+    const typename Few::Weights w = Few::Unpack(packed, scales + b * Engine::kLanes);
+    for (int t = 0; t < kCount; ++t) {
+      total[t] = Few::Add(total[t], w, Few::Broadcast(blocks[b * kCount + t]));
     }
-    const typename Engine::Weights w = Engine::Unpack(codes + b * 2 * kLanes, scales + b * kLanes);
-    for (int t = 0; t < kCount; ++t) total[t] = Engine::Add(total[t], w, blocks[b * kCount + t]);
-  }
-  for (int t = 0; t < kCount; ++t) Engine::StoreSums(sums + t * stride, total[t]);
+  });
+  for (int t = 0; t < kCount; ++t) Engine::Store(sums + t * stride, total[t]);
 }
 
+template <class Engine, int kCount>
+void MultiplyFew(const Rows& rows, const typename Engine::Block* const* tokens, float* sums,
+                 int64_t stride, Scratch* scratch) {
+  using Block = typename Engine::Block;
+  const int64_t all = rows.matrix->columns / kBlock;
+  for (int64_t from = 0; from < all; from += kDepth) {
+    const int64_t count = all - from < kDepth ? all - from : kDepth;
+    const Block* blocks = tokens[0] + from;
+    if (kCount > 1) {
+      Block* const copies = reinterpret_cast<Block*>(scratch->blocks);
+      for (int64_t b = 0; b < count; ++b) {
+        for (int t = 0; t < kCount; ++t) copies[b * kCount + t] = tokens[t][from + b];
+      }
+      blocks = copies;
+    }
+    for (int64_t row = 0; row < rows.count(); row += Engine::kLanes) {
+      const Lanes<Engine> lanes(rows, row, from, count, scratch);
+      Engine::DecodeScales(lanes.scales, count, scratch->scales);
+      const uint8_t* const next = lanes.codes[0] + Engine::kLanes * rows.matrix->code_stride;
+      MultiplyLanes<Engine, kCount>(lanes, scratch->scales, blocks, count, from == 0, sums + row,
+                                    stride, next);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------- many tokens
+
+// Adds the products of a panel of `kVectors` times kLanes rows with one token to its sums.
+template <class Engine, int kVectors>
+INLINE void MultiplyPanel(const typename Engine::Many::Weights* panel,
+                          const typename Engine::Block* blocks, int64_t count, bool first,
+                          float* sums) {
+  using Many = typename Engine::Many;
+  typename Engine::Sums total[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    total[v] = first ? Engine::Zero() : Engine::Load(sums + v * Engine::kLanes);
+  }
+  for (int64_t b = 0; b < count; ++b) {
+    const typename Many::Operand x = Many::Broadcast(blocks[b]);
+    for (int v = 0; v < kVectors; ++v) {
+      total[v] = Many::Add(total[v], panel[b * kVectors + v], x);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) Engine::Store(sums + v * Engine::kLanes, total[v]);
+}
+
+template <class Engine, int kVectors>
+void MultiplyMany(const Rows& rows, int64_t row, const typename Engine::Block* const* tokens,
+                  int64_t num_tokens, float* sums, int64_t stride, Scratch* scratch) {
+  using Many = typename Engine::Many;
+  constexpr int64_t kRows = kVectors * Engine::kLanes;
+  auto* const panel = reinterpret_cast<typename Many::Weights*>(scratch->panel);
+  static_assert(sizeof(*panel) * kVectors * kPanelBlocks <= sizeof scratch->panel);
+  const int64_t all = rows.matrix->columns / kBlock;
+  for (int64_t from = 0; from < all; from += kPanelBlocks) {
+    const int64_t count = all - from < kPanelBlocks ? all - from : kPanelBlocks;
+    // The codes of the next panel, which is further along these rows, or the first of those below.
+    const uint8_t* next[kRows];
+    const int64_t offset = from + count < all
+                               ? count * (kBlock / 2)
+                               : kRows * rows.matrix->code_stride - from * (kBlock / 2);
+    for (int v = 0; v < kVectors; ++v) {
+      const Lanes<Engine> lanes(rows, row + v * Engine::kLanes, from, count, scratch);
+      for (int64_t lane = 0; lane < Engine::kLanes; ++lane) {
+        next[v * Engine::kLanes + lane] = lanes.codes[lane] + offset;
+      }
+      Engine::DecodeScales(lanes.scales, count, scratch->scales);
+      lanes.ForEachBlock(count, [&](int64_t b, const typename Engine::Packed* packed) INLINE_LAMBDA {
+        panel[b * kVectors + v] = Many::Unpack(packed, scratch->scales + b * Engine::kLanes);
+      });
+    }
+    int64_t fetched = 0;
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      for (; fetched * num_tokens < kRows * (t + 1); ++fetched) {
+        for (int64_t line = 0; line < kPanelBlocks * (kBlock / 2); line += 64) {
+          __builtin_prefetch(next[fetched] + line);
+        }
+      }
+      MultiplyPanel<Engine, kVectors>(panel, tokens[t] + from, count, from == 0,
+                                      sums + t * stride + row);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------- either
+
+// sums[t * stride + r] = the product of row r with token t's blocks, without global scales.
 template <class Engine>
-void MultiplyPanel(int64_t tokens, const uint32_t* codes, const float* scales,
-                   const typename Engine::Block* blocks, int64_t count, bool first, float* sums,
-                   int64_t stride, const uint8_t* next, int64_t next_stride) {
-#define CASE(n)                                                                              \
-  case n:                                                                                    \
-    return MultiplyPanel<Engine, n>(codes, scales, blocks, count, first, sums, stride, next, \
-                                    next_stride)
-  switch (tokens) {
+void Multiply(const Rows& rows, const typename Engine::Block* const* tokens, int64_t num_tokens,
+              float* sums, int64_t stride, Scratch* scratch) {
+#define CASE(n)                                                                   \
+  case n:                                                                         \
+    return MultiplyFew<Engine, n>(rows, tokens, sums, stride, scratch)
+  switch (num_tokens) {
     CASE(1);
     CASE(2);
     CASE(3);
@@ -129,57 +237,13 @@ void MultiplyPanel(int64_t tokens, const uint32_t* codes, const float* scales,
     CASE(8);
   }
 #undef CASE
-}
-
-// Blocks `from` .. of some tokens, those of each block beside each other.
-template <class Block>
-INLINE void Interleave(const Block* const* tokens, int64_t num_tokens, int64_t from, int64_t count,
-                       Block* to) {
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    for (int64_t b = 0; b < count; ++b) to[b * num_tokens + t] = tokens[t][from + b];
+  constexpr int64_t kTogether = Engine::kLanes * Engine::kVectors;
+  int64_t row = 0;
+  for (; row + kTogether <= rows.count(); row += kTogether) {
+    MultiplyMany<Engine, Engine::kVectors>(rows, row, tokens, num_tokens, sums, stride, scratch);
   }
-}
-
-// sums[t * stride + r] = the product of row r with token t's blocks, without global scales.
-template <class Engine>
-void Multiply(const Rows& rows, const typename Engine::Block* const* tokens, int64_t num_tokens,
-              float* sums, int64_t stride, Scratch* scratch) {
-  using Block = typename Engine::Block;
-  constexpr int64_t kLanes = Engine::kLanes;
-  const Matrix& m = *rows.matrix;
-  const int64_t blocks = m.columns / kBlock;
-  // With few tokens a panel is used once, while it is in the fastest cache.
-  const int64_t rows_at_once = num_tokens <= kTokens ? kLanes : kPanelRows;
-  Block* const interleaved = reinterpret_cast<Block*>(scratch->blocks);
-  for (int64_t from = 0; from < blocks; from += kDepth) {
-    const int64_t count = blocks - from < kDepth ? blocks - from : kDepth;
-    for (int64_t t = 0; num_tokens > 1 && t < num_tokens; t += kTokens) {
-      const int64_t here = num_tokens - t < kTokens ? num_tokens - t : kTokens;
-      Interleave(tokens + t, here, from, count, interleaved + t * count);
-    }
-    const Block* const start = num_tokens == 1 ? tokens[0] + from : interleaved;
-    for (int64_t top = 0; top < rows.count(); top += rows_at_once) {
-      const int64_t end = top + rows_at_once < rows.count() ? top + rows_at_once : rows.count();
-      for (int64_t row = top; row < end; row += kLanes) {
-        const int64_t at = (row - top) * count;
-        LoadPanel<Engine>(rows, row, from, count, scratch->codes + 2 * at, scratch->scales + at,
-                          scratch);
-      }
-      const uint8_t* next = nullptr;
-      if (num_tokens <= kTokens && m.order == nullptr && end < rows.count()) {
-        next = m.codes + (rows.expert * m.stored_rows + rows.Stored(end)) * m.code_stride +
-               from * (kBlock / 2);
-      }
-      for (int64_t t = 0; t < num_tokens; t += kTokens) {
-        const int64_t here = num_tokens - t < kTokens ? num_tokens - t : kTokens;
-        for (int64_t row = top; row < end; row += kLanes) {
-          const int64_t at = (row - top) * count;
-          MultiplyPanel<Engine>(here, scratch->codes + 2 * at, scratch->scales + at,
-                                start + t * count, count, from == 0, sums + t * stride + row, stride,
-                                next, m.code_stride);
-        }
-      }
-    }
+  for (; row < rows.count(); row += Engine::kLanes) {
+    MultiplyMany<Engine, 1>(rows, row, tokens, num_tokens, sums, stride, scratch);
   }
 }
 

@@ -12,14 +12,16 @@ namespace {
 
 // ------------------------------------------------------------------------------------- operands
 
-INLINE float AbsMax(const float* x, int64_t count) {
-  Floats most = {}, nan = {};
-  for (int64_t i = 0; i < count; i += kBlock) {
-    const Floats v = Load(x + i), a = Abs(v);
-    most = a > most ? a : most;
-    nan = v != v ? v : nan;
-  }
-  return AnyNan(nan) ? __builtin_nanf("") : Max(most);
+INLINE float AbsMax(const float* x, int64_t count) {  // NaN if there is one
+  Ints most = {};
+  for (int64_t i = 0; i < count; i += kWidth) most = MaxBits(most, Load(x + i));
+  return Largest(most);
+}
+
+INLINE void QuantizeAt(const float* x, float encode, Codes* to) {
+  Floats parts[kParts];
+  for (int64_t i = 0; i < kParts; ++i) parts[i] = Load(x + i * kWidth);
+  Quantize(parts, encode, to);
 }
 
 // A row of activations as the products take it; returns its decode scale.
@@ -34,7 +36,7 @@ INLINE float ToOperand(const Layer& layer, const float* x, int64_t columns, floa
   const float scale = per_token ? ScaleFor(AbsMax(x, columns)) : static_scale;
   const float encode = Reciprocal(scale);
   for (int64_t b = 0; b < blocks; ++b) {
-    Quantize(Load(x + b * kBlock), encode, static_cast<Codes*>(to) + b);
+    QuantizeAt(x + b * kBlock, encode, static_cast<Codes*>(to) + b);
   }
   return scale;
 }
@@ -77,23 +79,29 @@ INLINE void FinishHidden(const Layer& layer, const Unit& unit, int64_t place, fl
   const float gate_scale = quantised ? scales[0] * global : scales[0];
   const float up_scale = quantised ? scales[groups - 1] * global : scales[groups - 1];
   const float encode = layer.scheme == Scheme::kStatic ? Reciprocal(layer.hidden_scale) : 0.0f;
-  for (int64_t i = 0; i < count; i += kBlock) {
-    Floats up = Load(sums + (groups - 1) * count + i) * up_scale;
-    Floats gate = layer.gated ? Load(sums + i) * gate_scale : up;
-    if (bias != nullptr) {
-      up += Load(bias + (groups - 1) * columns + first + i);
-      if (layer.gated) gate += Load(bias + first + i);
+  for (int64_t block = 0; block < count; block += kBlock) {
+    Floats hidden[kParts];
+    const int64_t at = place * columns + first + block;
+    for (int64_t part = 0; part < kParts; ++part) {
+      const int64_t i = block + part * kWidth;
+      Floats up = Load(sums + (groups - 1) * count + i) * up_scale;
+      Floats gate = layer.gated ? Load(sums + i) * gate_scale : up;
+      if (bias != nullptr) {
+        up += Load(bias + (groups - 1) * columns + first + i);
+        if (layer.gated) gate += Load(bias + first + i);
+      }
+      hidden[part] = Activate(gate, up, layer);
+      if (layer.scheme == Scheme::kPerToken) {
+        // The kernels write bfloat16 here and quantise it in a pass of its own
+        // (flashinfer-python@0.6.13:data/csrc/trtllm_fused_moe_runner.cu:797-826).
+        Store(layer.hidden_values + at + part * kWidth, ToBfloat16(hidden[part]));
+      } else if (layer.scheme == Scheme::kNone) {
+        Store(static_cast<float*>(layer.hidden) + at + part * kWidth,
+              Round(hidden[part], layer.rounding));
+      }
     }
-    const Floats hidden = Activate(gate, up, layer);
-    const int64_t at = place * columns + first + i;
     if (layer.scheme == Scheme::kStatic) {
       Quantize(hidden, encode, static_cast<Codes*>(layer.hidden) + at / kBlock);
-    } else if (layer.scheme == Scheme::kPerToken) {
-      // The kernels write bfloat16 here and quantise it in a pass of its own
-      // (flashinfer-python@0.6.13:data/csrc/trtllm_fused_moe_runner.cu:797-826).
-      Store(layer.hidden_values + at, ToBfloat16(hidden));
-    } else {
-      Store(static_cast<float*>(layer.hidden) + at, Round(hidden, layer.rounding));
     }
   }
 }
@@ -146,7 +154,7 @@ INLINE void Output(const Layer& layer, int64_t task, Scratch* scratch) {
     const float scale = layer.scheme == Scheme::kStatic     ? weight_scale * layer.hidden_scale
                         : layer.scheme == Scheme::kPerToken ? weight_scale * layer.hidden_global[place]
                                                             : weight_scale;
-    for (int64_t i = 0; i < count; i += kBlock) {
+    for (int64_t i = 0; i < count; i += kWidth) {
       Floats row = Load(scratch->sums + t * count + i) * scale;
       if (layer.bias2 != nullptr) row += Load(layer.bias2 + unit.expert * columns + first + i);
       row = Round(row, layer.rounding);
@@ -154,7 +162,7 @@ INLINE void Output(const Layer& layer, int64_t task, Scratch* scratch) {
       if (Narrow(layer)) {
         const Ints bits = Bits(row);
         uint16_t* const to = static_cast<uint16_t*>(layer.outputs) + at;
-        for (int j = 0; j < kBlock; ++j) to[j] = static_cast<uint32_t>(bits[j]) >> 16;
+        for (int64_t j = 0; j < kWidth; ++j) to[j] = static_cast<uint32_t>(bits[j]) >> 16;
       } else {
         Store(static_cast<float*>(layer.outputs) + at, row);
       }
@@ -166,7 +174,7 @@ INLINE Floats LoadOutput(const Layer& layer, int64_t at) {
   if (!Narrow(layer)) return Load(static_cast<const float*>(layer.outputs) + at);
   const uint16_t* const from = static_cast<const uint16_t*>(layer.outputs) + at;
   Ints bits;
-  for (int j = 0; j < kBlock; ++j) bits[j] = static_cast<int32_t>(static_cast<uint32_t>(from[j]) << 16);
+  for (int64_t j = 0; j < kWidth; ++j) bits[j] = static_cast<int32_t>(from[j]) << 16;
   return FromBits(bits);
 }
 
@@ -175,7 +183,7 @@ void Combine(const Layer& layer, int64_t task, void*) {
   const int64_t tasks = (columns + kCombineChunk - 1) / kCombineChunk;
   const int64_t token = task / tasks, first = task % tasks * kCombineChunk;
   const int64_t end = columns - first < kCombineChunk ? columns : first + kCombineChunk;
-  for (int64_t column = first; column < end; column += kBlock) {
+  for (int64_t column = first; column < end; column += kWidth) {
     Floats total = {};
     for (int64_t slot = 0; slot < layer.top_k; ++slot) {
       const int64_t pair = token * layer.top_k + slot;
