@@ -11,6 +11,7 @@ namespace {
 
 struct Avx2 {
   static constexpr int64_t kLanes = 8, kVectors = 4;
+  static constexpr bool kTiles = false;
   using Sums = __m256;
   using Packed = __m256i;
 

@@ -44,6 +44,13 @@ struct Values {
   float value[kBlock];
 };
 
+// One block of either, where bfloat16 holds it exactly.
+struct Narrow {
+  uint16_t value[kBlock];
+};
+
+enum class Form { kCodes, kValues, kNarrow };
+
 // Some of one expert's pairs, in the order of `Layer::pairs`.
 struct Unit {
   int32_t expert;
@@ -77,9 +84,12 @@ struct Layer {
   const Unit* units;
   int64_t num_pairs, num_units;
   int64_t hidden_chunk, output_chunk;  // columns of I and of H that one task computes
-  void* input;                         // Codes or Values [T, H / 16]
+  Form form;                           // of what the products take
+  void* input;                         // [T, H / 16] of that form
+  Narrow* input_tiles;                 // the same for units of many tokens, or null
   float* input_global;                 // [T]: decode scales
-  void* hidden;                        // Codes or Values [P, I / 16]
+  void* hidden;                        // [P, I / 16]
+  Narrow* hidden_tiles;                // likewise
   float* hidden_values;                // [P, I]: before they are quantised, for kPerToken
   float* hidden_global;                // [P]
   void* outputs;                       // [T, K, H]: bfloat16 where rounded to that, else float
@@ -88,6 +98,8 @@ struct Layer {
 // The stages of a call, compiled for one instruction set. Each does one task, numbered from 0, and
 // needs all tasks of the stage before.
 struct Stages {
+  bool narrow;  // takes kNarrow where activations are bfloat16, not kValues
+  bool tiles;   // takes `input_tiles` and `hidden_tiles` for more than kFew tokens
   void (*input)(const Layer&, int64_t token, void* scratch);
   void (*hidden)(const Layer&, int64_t task, void* scratch);
   void (*requantize)(const Layer&, int64_t pair, void* scratch);  // for kPerToken alone
@@ -95,6 +107,7 @@ struct Stages {
   void (*combine)(const Layer&, int64_t task, void* scratch);
 };
 
+constexpr int64_t kFew = 8;               // tokens whose sums are in registers at once
 constexpr int64_t kTaskTokens = 64;       // at most, of a Unit
 constexpr int64_t kCombineChunk = 512;    // columns of H that a task of `combine` adds
 constexpr int64_t kHiddenChunk = 64;      // at most, of I

@@ -3,7 +3,7 @@
 //
 // An `Engine` is one instruction set and one kind of activation:
 //   kLanes, kVectors  rows in a vector; vectors of rows that Multiply keeps sums of at once
-//   Block             Codes or Values
+//   Block             Codes, Values or Narrow
 //   Packed            vector of kLanes dwords: 8 codes of each row
 //   Sums              float vector of kLanes
 //   Few, Many         how a block of weights meets one of a token, in registers or from a panel:
@@ -13,7 +13,7 @@
 //   DecodeScales(rows, count, to)     [count, kLanes] floats, times 2**-8
 //   Zero, Load, Store
 //
-// Few tokens: weights are decoded in registers, for up to kTokens tokens, and the memory's speed is
+// Few tokens: weights are decoded in registers, for up to kFew tokens, and the memory's speed is
 // the limit. Many: a panel of decoded weights, small enough for the fastest cache, meets one token
 // after another.
 
@@ -29,7 +29,6 @@
 namespace jax_nvfp4_moe::cpu {
 namespace {
 
-constexpr int64_t kTokens = 8;        // whose sums are in registers at once, when they are few
 constexpr int64_t kStep = 4;          // blocks that are transposed together
 constexpr int64_t kDepth = 128;       // blocks whose scales are decoded together, when they are few
 constexpr int64_t kPanelBlocks = 16;  // of a panel
@@ -56,7 +55,7 @@ struct Scratch {
   float sums[kTaskTokens * 2 * kOutputChunk];
   float scales[kMaxLanes * kDepth];
   uint8_t row_scales[kMaxLanes][kDepth];
-  alignas(64) uint8_t blocks[kTokens * kDepth * sizeof(Values)];
+  alignas(64) uint8_t blocks[kFew * kDepth * sizeof(Values)];
   alignas(64) uint8_t panel[512 << 10];
 };
 static_assert(sizeof(Scratch) <= kScratchBytes);

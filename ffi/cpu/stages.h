@@ -18,52 +18,103 @@ INLINE float AbsMax(const float* x, int64_t count) {  // NaN if there is one
   return Largest(most);
 }
 
-INLINE void QuantizeAt(const float* x, float encode, Codes* to) {
-  Floats parts[kParts];
-  for (int64_t i = 0; i < kParts; ++i) parts[i] = Load(x + i * kWidth);
-  Quantize(parts, encode, to);
+// The upper halves of floats: bfloat16, if nothing else is in them.
+typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+
+INLINE void StoreHalves(uint16_t* to, const Floats& x) {
+  const Halves halves = __builtin_convertvector(Bits(x) >> 16, Halves);
+  memcpy(to, &halves, sizeof halves);
 }
 
-// A row of activations as the products take it; returns its decode scale.
-INLINE float ToOperand(const Layer& layer, const float* x, int64_t columns, float static_scale,
-                       void* to) {
-  const int64_t blocks = columns / kBlock;
-  if (layer.scheme == Scheme::kNone) {
-    memcpy(to, x, columns * sizeof(float));
+INLINE Floats LoadHalves(const uint16_t* from) {
+  Halves halves;
+  memcpy(&halves, from, sizeof halves);
+  return FromBits(__builtin_convertvector(halves, Ints) << 16);
+}
+
+// What quantised values stand for, without their global scale: exact.
+INLINE void Widen(const Codes& x, Narrow* to) {
+  static constexpr int kPlace[kBlock] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
+  float values[kBlock];
+  for (int64_t i = 0; i < kBlock; ++i) values[i] = x.code[kPlace[i]] * (x.scale * 0x1p-7f);
+  for (int64_t i = 0; i < kBlock; i += kWidth) StoreHalves(to->value + i, Load(values + i));
+}
+
+// Where a pair's or a token's operands lie.
+template <class Block>
+INLINE Block* RowOf(void* operands, int64_t row, int64_t columns) {
+  return static_cast<Block*>(operands) + row * (columns / kBlock);
+}
+
+// Operands of some products, as they are made block by block.
+struct Operands {
+  Form form;
+  void* blocks;
+  Narrow* tiles;
+
+  INLINE void Quantized(int64_t block, const Floats* x, float encode) const {
+    Codes* const codes = static_cast<Codes*>(blocks) + block;
+    Quantize(x, encode, codes);
+    if (tiles != nullptr) Widen(*codes, tiles + block);
+  }
+
+  // `count` elements of a vector, which begins with element `at`.
+  INLINE void Plain(int64_t at, const Floats& x) const {
+    if (form == Form::kNarrow) {
+      StoreHalves(static_cast<uint16_t*>(blocks) + at, x);
+    } else {
+      Store(static_cast<float*>(blocks) + at, x);
+    }
+  }
+};
+
+INLINE Operands InputOf(const Layer& layer) { return {layer.form, layer.input, layer.input_tiles}; }
+INLINE Operands HiddenOf(const Layer& layer) {
+  return {layer.form, layer.hidden, layer.hidden_tiles};
+}
+
+// Row `row` of activations, which is at x; returns its decode scale.
+INLINE float MakeOperand(const Layer& layer, const Operands& to, int64_t row, const float* x,
+                         int64_t columns, float static_scale) {
+  const int64_t start = row * columns;
+  if (layer.form != Form::kCodes) {
+    for (int64_t i = 0; i < columns; i += kWidth) to.Plain(start + i, Load(x + i));
     return 1.0f;
   }
   const bool per_token = layer.scheme == Scheme::kPerToken;
   const float scale = per_token ? ScaleFor(AbsMax(x, columns)) : static_scale;
   const float encode = Reciprocal(scale);
-  for (int64_t b = 0; b < blocks; ++b) {
-    QuantizeAt(x + b * kBlock, encode, static_cast<Codes*>(to) + b);
+  for (int64_t i = 0; i < columns; i += kBlock) {
+    Floats parts[kParts];
+    for (int64_t part = 0; part < kParts; ++part) parts[part] = Load(x + i + part * kWidth);
+    to.Quantized((start + i) / kBlock, parts, encode);
   }
   return scale;
 }
 
-// Row `row` of operands with `columns` elements each.
-template <class Block>
-INLINE Block* OperandRow(void* operands, int64_t row, int64_t columns) {
-  return static_cast<Block*>(operands) + row * (columns / kBlock);
-}
-
-INLINE void* OperandRow(const Layer& layer, void* operands, int64_t row, int64_t columns) {
-  return layer.scheme == Scheme::kNone
-             ? static_cast<void*>(OperandRow<Values>(operands, row, columns))
-             : static_cast<void*>(OperandRow<Codes>(operands, row, columns));
-}
-
 void Input(const Layer& layer, int64_t token, void*) {
-  layer.input_global[token] =
-      ToOperand(layer, layer.x + token * layer.hidden_size, layer.hidden_size, layer.input_scale,
-                OperandRow(layer, layer.input, token, layer.hidden_size));
+  const int64_t columns = layer.hidden_size;
+  layer.input_global[token] = MakeOperand(layer, InputOf(layer), token, layer.x + token * columns,
+                                          columns, layer.input_scale);
 }
 
 void Requantize(const Layer& layer, int64_t pair, void*) {
   const int64_t columns = layer.intermediate_size;
   layer.hidden_global[pair] =
-      ToOperand(layer, layer.hidden_values + pair * columns, columns, layer.hidden_scale,
-                OperandRow(layer, layer.hidden, pair, columns));
+      MakeOperand(layer, HiddenOf(layer), pair, layer.hidden_values + pair * columns, columns, 0);
+}
+
+// The sums of some rows with some tokens, into the scratch, `stride` apart.
+template <class Engine>
+INLINE void MultiplyTokens(const Rows& rows, const Operands& operands, const int64_t* tokens,
+                           int64_t num_tokens, int64_t stride, Scratch* scratch) {
+  using Block = typename Engine::Block;
+  const int64_t columns = rows.matrix->columns;
+  const Block* blocks[kTaskTokens];
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    blocks[t] = RowOf<const Block>(operands.blocks, tokens[t], columns);
+  }
+  Multiply<Engine>(rows, blocks, num_tokens, scratch->sums, stride, scratch);
 }
 
 // ------------------------------------------------------------------------------------- GEMM1
@@ -78,6 +129,7 @@ INLINE void FinishHidden(const Layer& layer, const Unit& unit, int64_t place, fl
   const bool quantised = layer.scheme != Scheme::kNone;
   const float gate_scale = quantised ? scales[0] * global : scales[0];
   const float up_scale = quantised ? scales[groups - 1] * global : scales[groups - 1];
+  const Operands to = HiddenOf(layer);
   const float encode = layer.scheme == Scheme::kStatic ? Reciprocal(layer.hidden_scale) : 0.0f;
   for (int64_t block = 0; block < count; block += kBlock) {
     Floats hidden[kParts];
@@ -96,19 +148,17 @@ INLINE void FinishHidden(const Layer& layer, const Unit& unit, int64_t place, fl
         // (flashinfer-python@0.6.13:data/csrc/trtllm_fused_moe_runner.cu:797-826).
         Store(layer.hidden_values + at + part * kWidth, ToBfloat16(hidden[part]));
       } else if (layer.scheme == Scheme::kNone) {
-        Store(static_cast<float*>(layer.hidden) + at + part * kWidth,
-              Round(hidden[part], layer.rounding));
+        to.Plain(at + part * kWidth, Round(hidden[part], layer.rounding));
       }
     }
     if (layer.scheme == Scheme::kStatic) {
-      Quantize(hidden, encode, static_cast<Codes*>(layer.hidden) + at / kBlock);
+      to.Quantized(at / kBlock, hidden, encode);
     }
   }
 }
 
 template <class Engine>
 INLINE void Hidden(const Layer& layer, int64_t task, Scratch* scratch) {
-  using Block = typename Engine::Block;
   const int64_t columns = layer.intermediate_size, chunk = layer.hidden_chunk;
   const int64_t tasks = (columns + chunk - 1) / chunk;
   const Unit& unit = layer.units[task / tasks];
@@ -116,12 +166,9 @@ INLINE void Hidden(const Layer& layer, int64_t task, Scratch* scratch) {
   const int64_t count = columns - first < chunk ? columns - first : chunk;
   const Rows rows = {&layer.w13, unit.expert, {first, columns + first}, layer.gated ? 2 : 1, count};
 
-  const Block* operands[kTaskTokens];
-  for (int64_t t = 0; t < unit.tokens; ++t) {
-    const int64_t token = layer.pairs[unit.first + t] / layer.top_k;
-    operands[t] = OperandRow<Block>(layer.input, token, layer.hidden_size);
-  }
-  Multiply<Engine>(rows, operands, unit.tokens, scratch->sums, rows.count(), scratch);
+  int64_t tokens[kTaskTokens];
+  for (int64_t t = 0; t < unit.tokens; ++t) tokens[t] = layer.pairs[unit.first + t] / layer.top_k;
+  MultiplyTokens<Engine>(rows, InputOf(layer), tokens, unit.tokens, rows.count(), scratch);
   for (int64_t t = 0; t < unit.tokens; ++t) {
     const int64_t place = unit.first + t;
     FinishHidden(layer, unit, place, layer.input_global[layer.pairs[place] / layer.top_k],
@@ -131,11 +178,10 @@ INLINE void Hidden(const Layer& layer, int64_t task, Scratch* scratch) {
 
 // ------------------------------------------------------------------------------------- GEMM2
 
-INLINE bool Narrow(const Layer& layer) { return layer.rounding == Rounding::kBfloat16; }
+INLINE bool Narrows(const Layer& layer) { return layer.rounding == Rounding::kBfloat16; }
 
 template <class Engine>
 INLINE void Output(const Layer& layer, int64_t task, Scratch* scratch) {
-  using Block = typename Engine::Block;
   const int64_t columns = layer.hidden_size, chunk = layer.output_chunk;
   const int64_t tasks = (columns + chunk - 1) / chunk;
   const Unit& unit = layer.units[task / tasks];
@@ -143,11 +189,9 @@ INLINE void Output(const Layer& layer, int64_t task, Scratch* scratch) {
   const int64_t count = columns - first < chunk ? columns - first : chunk;
   const Rows rows = {&layer.w2, unit.expert, {first, 0}, 1, count};
 
-  const Block* operands[kTaskTokens];
-  for (int64_t t = 0; t < unit.tokens; ++t) {
-    operands[t] = OperandRow<Block>(layer.hidden, unit.first + t, layer.intermediate_size);
-  }
-  Multiply<Engine>(rows, operands, unit.tokens, scratch->sums, count, scratch);
+  int64_t places[kTaskTokens];
+  for (int64_t t = 0; t < unit.tokens; ++t) places[t] = unit.first + t;
+  MultiplyTokens<Engine>(rows, HiddenOf(layer), places, unit.tokens, count, scratch);
   const float weight_scale = layer.global_scale2[unit.expert];
   for (int64_t t = 0; t < unit.tokens; ++t) {
     const int64_t place = unit.first + t;
@@ -159,10 +203,8 @@ INLINE void Output(const Layer& layer, int64_t task, Scratch* scratch) {
       if (layer.bias2 != nullptr) row += Load(layer.bias2 + unit.expert * columns + first + i);
       row = Round(row, layer.rounding);
       const int64_t at = layer.pairs[place] * columns + first + i;
-      if (Narrow(layer)) {
-        const Ints bits = Bits(row);
-        uint16_t* const to = static_cast<uint16_t*>(layer.outputs) + at;
-        for (int64_t j = 0; j < kWidth; ++j) to[j] = static_cast<uint32_t>(bits[j]) >> 16;
+      if (Narrows(layer)) {
+        StoreHalves(static_cast<uint16_t*>(layer.outputs) + at, row);
       } else {
         Store(static_cast<float*>(layer.outputs) + at, row);
       }
@@ -171,11 +213,8 @@ INLINE void Output(const Layer& layer, int64_t task, Scratch* scratch) {
 }
 
 INLINE Floats LoadOutput(const Layer& layer, int64_t at) {
-  if (!Narrow(layer)) return Load(static_cast<const float*>(layer.outputs) + at);
-  const uint16_t* const from = static_cast<const uint16_t*>(layer.outputs) + at;
-  Ints bits;
-  for (int64_t j = 0; j < kWidth; ++j) bits[j] = static_cast<int32_t>(from[j]) << 16;
-  return FromBits(bits);
+  return Narrows(layer) ? LoadHalves(static_cast<const uint16_t*>(layer.outputs) + at)
+                        : Load(static_cast<const float*>(layer.outputs) + at);
 }
 
 void Combine(const Layer& layer, int64_t task, void*) {
@@ -202,27 +241,41 @@ void Combine(const Layer& layer, int64_t task, void*) {
 
 // ------------------------------------------------------------------------------------- the table
 
-template <class ForCodes, class ForValues>
-void HiddenTask(const Layer& layer, int64_t task, void* scratch) {
-  if (layer.scheme == Scheme::kNone) {
-    Hidden<ForValues>(layer, task, static_cast<Scratch*>(scratch));
-  } else {
-    Hidden<ForCodes>(layer, task, static_cast<Scratch*>(scratch));
+template <class ForCodes, class ForValues, class ForNarrow>
+void HiddenTask(const Layer& layer, int64_t task, void* memory) {
+  Scratch* const scratch = static_cast<Scratch*>(memory);
+  switch (layer.form) {
+    case Form::kCodes:
+      return Hidden<ForCodes>(layer, task, scratch);
+    case Form::kValues:
+      return Hidden<ForValues>(layer, task, scratch);
+    case Form::kNarrow:
+      return Hidden<ForNarrow>(layer, task, scratch);
   }
 }
 
-template <class ForCodes, class ForValues>
-void OutputTask(const Layer& layer, int64_t task, void* scratch) {
-  if (layer.scheme == Scheme::kNone) {
-    Output<ForValues>(layer, task, static_cast<Scratch*>(scratch));
-  } else {
-    Output<ForCodes>(layer, task, static_cast<Scratch*>(scratch));
+template <class ForCodes, class ForValues, class ForNarrow>
+void OutputTask(const Layer& layer, int64_t task, void* memory) {
+  Scratch* const scratch = static_cast<Scratch*>(memory);
+  switch (layer.form) {
+    case Form::kCodes:
+      return Output<ForCodes>(layer, task, scratch);
+    case Form::kValues:
+      return Output<ForValues>(layer, task, scratch);
+    case Form::kNarrow:
+      return Output<ForNarrow>(layer, task, scratch);
   }
 }
 
-template <class ForCodes, class ForValues>
+// For a level without instructions for bfloat16 the third engine is the second.
+template <class ForCodes, class ForValues, class ForNarrow = ForValues>
 constexpr Stages StagesOf() {
-  return {Input, HiddenTask<ForCodes, ForValues>, Requantize, OutputTask<ForCodes, ForValues>,
+  return {!__is_same(ForNarrow, ForValues),
+          ForCodes::kTiles,
+          Input,
+          HiddenTask<ForCodes, ForValues, ForNarrow>,
+          Requantize,
+          OutputTask<ForCodes, ForValues, ForNarrow>,
           Combine};
 }
 
