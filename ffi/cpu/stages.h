@@ -110,6 +110,16 @@ INLINE void MultiplyTokens(const Rows& rows, const Operands& operands, const int
                            int64_t num_tokens, int64_t stride, Scratch* scratch) {
   using Block = typename Engine::Block;
   const int64_t columns = rows.matrix->columns;
+  if constexpr (Engine::kTiles) {
+    if (num_tokens > kFew) {
+      const bool narrow = operands.form == Form::kNarrow;
+      const Narrow* blocks[kTaskTokens];
+      for (int64_t t = 0; t < num_tokens; ++t) {
+        blocks[t] = RowOf<const Narrow>(narrow ? operands.blocks : operands.tiles, tokens[t], columns);
+      }
+      return Engine::kMultiplyByTiles(rows, blocks, num_tokens, scratch->sums, stride, scratch);
+    }
+  }
   const Block* blocks[kTaskTokens];
   for (int64_t t = 0; t < num_tokens; ++t) {
     blocks[t] = RowOf<const Block>(operands.blocks, tokens[t], columns);

@@ -1,0 +1,180 @@
+// Products with AVX-512 F, BW, VL and DQ; with VNNI, and with BF16, where the file that includes this
+// is compiled for them.
+
+#ifndef JAX_NVFP4_MOE_CPU_ENGINE_AVX512_H_
+#define JAX_NVFP4_MOE_CPU_ENGINE_AVX512_H_
+
+#include <immintrin.h>
+
+#include "panel_x86.h"
+#include "products.h"
+
+namespace jax_nvfp4_moe::cpu {
+namespace {
+
+struct Avx512 {
+  static constexpr int64_t kLanes = 16, kVectors = 4;
+  static constexpr bool kTiles = false;
+  using Sums = __m512;
+  using Packed = __m512i;
+
+  static INLINE Sums Zero() { return _mm512_setzero_ps(); }
+  static INLINE Sums Load(const float* from) { return _mm512_loadu_ps(from); }
+  static INLINE void Store(float* to, Sums sums) { _mm512_storeu_ps(to, sums); }
+
+  static INLINE void Transpose(const uint8_t* const* rows, int64_t offset, __m512i* to) {
+    __m256i low[8], high[8];
+    Transpose8x8(rows, offset, low);
+    Transpose8x8(rows + 8, offset, high);
+    for (int i = 0; i < 8; ++i) {
+      to[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low[i]), high[i], 1);
+    }
+  }
+
+  static INLINE void DecodeScales(const uint8_t* const* rows, int64_t count, float* to) {
+    DecodeScalesOf8(rows, count, to, kLanes);
+    DecodeScalesOf8(rows + 8, count, to + 8, kLanes);
+  }
+};
+
+INLINE __m512i Four512(const int8_t* codes) {
+  int32_t bits;
+  memcpy(&bits, codes, sizeof bits);
+  return _mm512_set1_epi32(bits);
+}
+
+// start + sums of 16 products of a byte from 0 to 24 and one from -12 to 12, for each of 16 rows.
+INLINE __m512i Dot512(__m512i start, const __m512i* unsigned_bytes, const __m512i* signed_bytes) {
+#if defined(__AVX512VNNI__)
+  for (int i = 0; i < 4; ++i) {
+    start = _mm512_dpbusd_epi32(start, unsigned_bytes[i], signed_bytes[i]);
+  }
+  return start;
+#else
+  __m512i sum = _mm512_maddubs_epi16(unsigned_bytes[0], signed_bytes[0]);
+  for (int i = 1; i < 4; ++i) {  // eight pairs of products stay below 2**15
+    sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(unsigned_bytes[i], signed_bytes[i]));
+  }
+  return _mm512_add_epi32(start, _mm512_madd_epi16(sum, _mm512_set1_epi16(1)));
+#endif
+}
+
+struct Avx512Codes : Avx512 {
+  using Few = Avx512Codes;
+  using Many = Avx512Codes;
+  using Block = Codes;
+  struct Weights {  // shifted by 12, to be unsigned
+    __m512i code[4];
+    __m512 scale;
+  };
+  struct Operand {
+    __m512i code[4], correction;
+    __m512 scale;
+  };
+
+  static INLINE Weights Unpack(const __m512i* packed, const float* scales) {
+    const __m512i table = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    const __m512i low = _mm512_set1_epi8(15);
+    Weights w;
+    for (int i = 0; i < 2; ++i) {
+      const __m512i odd = _mm512_srli_epi16(packed[i], 4);
+      w.code[2 * i] = _mm512_shuffle_epi8(table, _mm512_and_si512(packed[i], low));
+      w.code[2 * i + 1] = _mm512_shuffle_epi8(table, _mm512_and_si512(odd, low));
+    }
+    w.scale = _mm512_loadu_ps(scales);
+    return w;
+  }
+
+  static INLINE Operand Broadcast(const Codes& x) {
+    return {{Four512(x.code), Four512(x.code + 4), Four512(x.code + 8), Four512(x.code + 12)},
+            _mm512_set1_epi32(x.correction),
+            _mm512_set1_ps(x.scale)};
+  }
+
+  static INLINE Sums Add(Sums sums, const Weights& w, const Operand& x) {
+    const __m512 product = _mm512_cvtepi32_ps(Dot512(x.correction, w.code, x.code));
+    return _mm512_fmadd_ps(product, _mm512_mul_ps(w.scale, x.scale), sums);
+  }
+};
+
+// The value of element `i` of a block in each row: code times scale, exact.
+INLINE __m512 Value512(const __m512i* packed, int i, __m512 scale) {
+  const __m512 table = _mm512_setr_ps(0, 128, 256, 384, 512, 768, 1024, 1536, -0.0f, -128, -256,
+                                      -384, -512, -768, -1024, -1536);
+  // vpermps looks at four bits of each index.
+  const __m512i code = _mm512_srli_epi32(packed[i / 8], static_cast<unsigned>(i % 8 * 4));
+  return _mm512_mul_ps(_mm512_permutexvar_ps(code, table), scale);
+}
+
+struct Avx512Values : Avx512 {
+  using Few = Avx512Values;
+  using Many = Avx512Values;
+  using Block = Values;
+  using Operand = const Values&;
+  struct Weights {
+    __m512 value[kBlock];
+  };
+
+  static INLINE Weights Unpack(const __m512i* packed, const float* scales) {
+    const __m512 scale = _mm512_loadu_ps(scales);
+    Weights w;
+    for (int i = 0; i < kBlock; ++i) w.value[i] = Value512(packed, i, scale);
+    return w;
+  }
+
+  static INLINE const Values& Broadcast(const Values& x) { return x; }
+
+  static INLINE Sums Add(Sums sums, const Weights& w, const Values& x) {
+    for (int i = 0; i < kBlock; ++i) {
+      sums = _mm512_fmadd_ps(w.value[i], _mm512_set1_ps(x.value[i]), sums);
+    }
+    return sums;
+  }
+};
+
+#if defined(__AVX512BF16__)
+
+// Two neighbouring elements of a block in each row, in bfloat16, the first in the lower half. Both
+// have at most six significant bits.
+INLINE __m512i Pair512(const __m512i* packed, int pair, __m512 scale) {
+  const __m512i even = _mm512_castps_si512(Value512(packed, 2 * pair, scale));
+  const __m512i odd = _mm512_castps_si512(Value512(packed, 2 * pair + 1, scale));
+  const __m512i upper = _mm512_and_si512(odd, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
+  return _mm512_or_si512(_mm512_srli_epi32(even, 16), upper);
+}
+
+struct Avx512Narrow : Avx512 {
+  using Few = Avx512Narrow;
+  using Many = Avx512Narrow;
+  using Block = Narrow;
+  using Operand = const Narrow&;
+  struct Weights {
+    __m512i pair[kBlock / 2];
+  };
+
+  static INLINE Weights Unpack(const __m512i* packed, const float* scales) {
+    const __m512 scale = _mm512_loadu_ps(scales);
+    Weights w;
+    for (int i = 0; i < kBlock / 2; ++i) w.pair[i] = Pair512(packed, i, scale);
+    return w;
+  }
+
+  static INLINE const Narrow& Broadcast(const Narrow& x) { return x; }
+
+  static INLINE Sums Add(Sums sums, const Weights& w, const Narrow& x) {
+    for (int i = 0; i < kBlock / 2; ++i) {
+      int32_t pair;
+      memcpy(&pair, x.value + 2 * i, sizeof pair);
+      sums = _mm512_dpbf16_ps(sums, (__m512bh)w.pair[i], (__m512bh)_mm512_set1_epi32(pair));
+    }
+    return sums;
+  }
+};
+
+#endif  // __AVX512BF16__
+
+}  // namespace
+}  // namespace jax_nvfp4_moe::cpu
+
+#endif  // JAX_NVFP4_MOE_CPU_ENGINE_AVX512_H_
