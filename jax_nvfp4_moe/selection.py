@@ -82,7 +82,7 @@ class Report:
         return "\n".join(lines)
 
 
-def select(implementation: str | CuteDsl | Cpu | None, problem: Problem) -> Implementation:
+def select(implementation: str | Cpu | CuteDsl | None, problem: Problem) -> Implementation:
     """The implementation of a call.
 
     Args:
@@ -98,7 +98,7 @@ def select(implementation: str | CuteDsl | Cpu | None, problem: Problem) -> Impl
     hint = "None chooses one that can"
     if implementation is None:
         implementation, hint = _first(dataclasses.replace(problem, routing=None)), ""
-    if isinstance(implementation, CuteDsl | Cpu):
+    if isinstance(implementation, Cpu | CuteDsl):
         name, module = implementation.name, implementation
     else:
         check_name("implementation", implementation, IMPLEMENTATIONS, "None or ")

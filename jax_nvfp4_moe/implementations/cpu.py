@@ -4,6 +4,7 @@ The C++ is in `ffi/cpu`. Weights are read as they are, in any layout, once for e
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,10 @@ from jax_nvfp4_moe._messages import check_name
 from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.experts import ExpertWeights, padded_sizes
 from jax_nvfp4_moe.format import Nvfp4Array, expand_global_scale, round_to
+from jax_nvfp4_moe.implementations import emulation
 from jax_nvfp4_moe.implementations._grouping import expected_hits
 from jax_nvfp4_moe.implementations._recipes import Recipe
 from jax_nvfp4_moe.implementations.base import Call, Problem
-from jax_nvfp4_moe.implementations.emulation import local_ids, varying_zeros
 from jax_nvfp4_moe.routing import Routing, route
 
 LEVELS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable")
@@ -81,11 +82,23 @@ class Cpu:
         topk_weights: Float32[Array, "T K"],
         experts: ExpertWeights,
     ) -> Float[Array, "T H"]:
-        """The layer's output."""
+        """The layer's output. A program that is lowered for another platform too emulates there."""
         if x.shape[0] == 0:
             return jnp.zeros(x.shape, call.output_dtype)
+        return lax.platform_dependent(
+            x,
+            topk_ids,
+            topk_weights,
+            experts,
+            cpu=functools.partial(self._run, call),
+            default=functools.partial(emulation.run, call),
+        )
+
+    def _run(
+        self, call: Call, x: Array, topk_ids: Array, topk_weights: Array, experts: ExpertWeights
+    ) -> Array:
         recipe = Recipe(call, experts.activation_scheme, x.dtype)
-        ids = local_ids(call, topk_ids, experts)
+        ids = emulation.local_ids(call, topk_ids, experts)
         values = recipe.input_values(x, topk_weights)
         result = self._call(recipe, values, ids, topk_weights, experts)
         if call.axis_name is not None:
@@ -131,7 +144,7 @@ class Cpu:
         )
         shape = values.shape if recipe.call.axis_name is None else (*ids.shape, values.shape[-1])
         # Inside shard_map the result varies over every mesh axis that an operand varies over.
-        result = jax.typeof(varying_zeros((), jnp.dtype(jnp.float32), values, ids, weights, experts))
+        result = jax.typeof(emulation.varying_zeros((), jnp.dtype(jnp.float32), values, ids, weights, experts))
         target = jax.ffi.ffi_call(library.CPU_LAYER, result.update(shape=shape))
         return target(
             *operands,
