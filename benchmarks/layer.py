@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import sys
 
 import numpy as np
 from rich.console import Console
@@ -27,9 +28,12 @@ from benchmarks.contenders.base import Unavailable
 from benchmarks.process import Contender
 
 TOKENS = (1, 2, 4, 16, 64, 256, 1024, 4096)
+TOLERATED = 0.05  # of the cores, used by others while times are taken
 
 
 def main(arguments):
+    if not sys.platform.startswith("linux"):
+        raise SystemExit(f"memory and load are read from /proc, which {sys.platform} does not have")
     args = _parser().parse_args(arguments)
     os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that are to come
     run = Run(layers.LAYERS[args.layer], args.scheme, args.turns, args.burst, args.seconds)
@@ -193,7 +197,11 @@ class Run:
             if (peak := peaks.get((contender.name, tokens))) is not None:
                 facts |= {"peak_mb": round(peak / 1e6, 1)}
             ready[contender] = facts
+        neighbours = machine.Neighbours([contender.pid for contender in ready])
         times = self._times(tokens, list(ready), console)
+        share = neighbours.share()
+        if share > TOLERATED:
+            console.print(f"[red]Others had {share:.0%} of the cores: these times are too long.")
         hits = self._hits(tokens)
         lines = [
             {
@@ -202,6 +210,7 @@ class Run:
                 "hit_experts": hits,
                 **measuring.spread(times[contender.name]),
                 "calls": len(times[contender.name]),
+                "others_share": round(share, 3),
                 **facts,
                 "weights_mb": round(contender.traits["weights_nbytes"] / 1e6, 1),
             }

@@ -50,6 +50,38 @@ def meminfo(name):
     return int(Path("/proc/meminfo").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
+class Neighbours:
+    """How much of these cores others have used since it was made, as a share of them all.
+
+    Threads that wait for each other by spinning, as ggml's, are slowed down tens of times when one
+    of them has to share its core: times are worth nothing then, and unequally so.
+    """
+
+    def __init__(self, processes):
+        self._ours = [os.getpid(), *processes]
+        self._begin = self._now()
+
+    def share(self):
+        seconds, busy, ours = np.subtract(self._now(), self._begin)
+        return float(max(0, busy - ours) / (seconds * cores()))
+
+    def _now(self):
+        """Seconds: of the clock, all cores' busy ones, and those of them that are ours."""
+        of_core = {}
+        for line in Path("/proc/stat").read_text().splitlines():
+            name, *fields = line.split()
+            if name.startswith("cpu") and name != "cpu":
+                user, nice, system, _, _, *interrupts = map(int, fields[:8])
+                of_core[int(name[3:])] = user + nice + system + sum(interrupts)
+        busy = sum(of_core[core] for core in os.sched_getaffinity(0))
+        ours = 0
+        for process in self._ours:
+            fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+            ours += int(fields[11]) + int(fields[12])  # user and system
+        ticks = os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy / ticks, ours / ticks
+
+
 def _cpu_model():
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

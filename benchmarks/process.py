@@ -32,6 +32,10 @@ class Contender:
             self.close()
             raise
 
+    @property
+    def pid(self):
+        return self._process.pid
+
     def prepare(self, tokens, cache):
         """Facts about what was compiled for so many tokens."""
         return self._ask("prepare", tokens, cache)
