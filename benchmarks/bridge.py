@@ -1,6 +1,6 @@
 """What the bridge costs the host, beside the least that a custom call can cost.
 
-    python -m benchmarks.bridge --output benchmarks/results/bridge.jsonl
+    python -m benchmarks bridge --output benchmarks/results/bridge.jsonl
 
 Chains of calls with as many operands as FlashInfer's function takes, on the CPU: of a handler that
 does nothing, and through the bridge of a function that does nothing. Each chain is one jitted
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.emulation import machine
+from benchmarks import machine, results
 from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.bridge.call import Output, call
 
@@ -34,7 +34,8 @@ CALLS, TURNS = 2000, 25
 def build(folder):
     """The bare handler and the module of the bridge's tests."""
     tvm_ffi = Path(importlib.util.find_spec("tvm_ffi").origin).parent
-    flags = ["g++", "-std=c++17", "-O2", "-fPIC", "-shared"]
+    flags = ["g++", "-std=c++17", "-O2", "-fPIC", "-shared", f"-I{folder}"]
+    (folder / "gemms.inc").touch()  # names of functions that the fake module has for its tests
     headers = Path(importlib.util.find_spec("jaxlib").origin).parent / "include"
     bare, fake = folder / "libbare.so", folder / "libfake.so"
     for output, source, include in (
@@ -67,11 +68,12 @@ def chain(function):
     return jax.jit(lambda x: jax.lax.scan(lambda x, _: (function(x), None), x, None, CALLS)[0])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, help="also write the lines to this file")
-    args = parser.parse_args()
-    command = "python -m benchmarks.bridge" + (f" --output {args.output}" if args.output else "")
+def main(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks bridge", description=__doc__.split("\n")[0]
+    )
+    results.add_output(parser)
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
         programs = {each.__name__: chain(each) for each in (bare_call, bridge)}
@@ -83,17 +85,12 @@ def main():
                 jax.block_until_ready(program(x))
                 if turn:  # the first one compiles
                     times[name].append(1e6 * (time.perf_counter() - begin) / CALLS)
-    lines = [{"command": command, **machine()}]
+    lines = [{"command": results.command_line("bridge", arguments), **machine.describe()}]
     for name, each in times.items():
         low, middle, high = (round(float(f(each)), 3) for f in (np.min, np.median, np.max))
         sizes = {"operands": OPERANDS, "calls": CALLS, "turns": TURNS}
         line = {"call": name, **sizes, "median_us": middle, "min_us": low, "max_us": high}
         lines.append(line)
-    text = "\n".join(map(json.dumps, lines)) + "\n"
-    print(text, end="")
+    print("\n".join(map(json.dumps, lines)))
     if args.output:
-        args.output.write_text(text)
-
-
-if __name__ == "__main__":
-    main()
+        results.write(args.output, lines)

@@ -1,7 +1,7 @@
 """Loads one MoE layer of a checkpoint on disk: how long it takes, and how much memory at most.
 
-    python -m benchmarks.loading --layer deepseek-v3 --output results.jsonl
-    python -m benchmarks.loading --layer qwen3-30b --directory /mnt/disk --runs 5
+    python -m benchmarks loading --layer deepseek-v3 --output results.jsonl
+    python -m benchmarks loading --layer qwen3-30b --directory /mnt/disk --runs 5
 
 Writes a checkpoint of random codes and valid scales in ModelOpt's format, which it removes at the
 end, and loads its layer in a fresh process each time, cold (the files dropped from the page cache)
@@ -28,7 +28,9 @@ import jax
 import numpy as np
 
 import jax_nvfp4_moe as nvm
-from benchmarks.emulation import LAYERS, machine
+from benchmarks import machine, results
+from benchmarks.layers import LAYERS
+from benchmarks.memory import status
 from jax_nvfp4_moe.checkpoint.files import TensorFiles, write_json, write_tensors
 
 LAYER = 3  # as in DeepSeek-V3, whose first three are dense
@@ -43,13 +45,13 @@ SHARDS = 12
 
 def random_tensors(sizes, seed=0):
     """Expert by expert, as exporters order them."""
-    num_experts, _, hidden, intermediate = sizes
+    hidden, intermediate = sizes.hidden, sizes.intermediate
     rng = np.random.default_rng(seed)
 
     def random_bytes(rows, columns):
         return np.frombuffer(rng.bytes(rows * columns), np.uint8).reshape(rows, columns)
 
-    for expert in range(num_experts):
+    for expert in range(sizes.experts):
         for role in ROLES:
             shape = (hidden, intermediate) if role == "down" else (intermediate, hidden)
             name = f"{BLOCK}.{expert}.{role}_proj"
@@ -61,18 +63,17 @@ def random_tensors(sizes, seed=0):
 
 
 def write(directory, sizes):
-    num_experts, top_k, hidden, intermediate = sizes
     write_tensors(directory, random_tensors(sizes), packed_bytes(sizes) // SHARDS)
     config = {
         "model_type": "deepseek_v3",
         "hidden_act": "silu",
-        "hidden_size": hidden,
-        "moe_intermediate_size": intermediate,
+        "hidden_size": sizes.hidden,
+        "moe_intermediate_size": sizes.intermediate,
         "n_group": 8,
-        "n_routed_experts": num_experts,
+        "n_routed_experts": sizes.experts,
         "n_shared_experts": 1,
         "norm_topk_prob": True,
-        "num_experts_per_tok": top_k,
+        "num_experts_per_tok": sizes.top_k,
         "num_hidden_layers": 61,
         "routed_scaling_factor": 2.5,
         "topk_group": 4,
@@ -85,8 +86,7 @@ def write(directory, sizes):
 
 
 def packed_bytes(sizes):
-    num_experts, _, hidden, intermediate = sizes
-    return num_experts * 3 * (hidden * intermediate * 9 // 16 + 8)
+    return sizes.experts * 3 * (sizes.hidden * sizes.intermediate * 9 // 16 + 8)
 
 
 # ------------------------------------------------------------------------------------- contenders
@@ -120,12 +120,6 @@ def stack(directory):
 
 
 CONTENDERS = {"load_experts": load_experts, "stack": stack}
-
-
-def status(name):
-    """A line of /proc/self/status, in bytes."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.split(f"{name}:")[1].split()[0]) * 1024
 
 
 def disk_bytes():
@@ -167,7 +161,7 @@ def measure(contender, cache, directory, runs):
     for _ in range(runs):
         if cache == "cold":
             drop_from_cache(directory)
-        command = [sys.executable, "-m", "benchmarks.loading", "--child", contender]
+        command = [sys.executable, "-m", "benchmarks", "loading", "--child", contender]
         done = subprocess.run(
             [*command, "--directory", str(directory)],
             stdout=subprocess.PIPE,
@@ -178,23 +172,24 @@ def measure(contender, cache, directory, runs):
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks loading", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--layer", choices=LAYERS, default="deepseek-v3")
     parser.add_argument("--directory", type=Path, help="where to write; default: a temporary one")
     parser.add_argument("--runs", type=int, default=3, help="processes for each figure")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
     parser.add_argument("--output", type=Path, help="also append the lines to this file")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.child:
         child(args.child, args.directory)
         return
 
     sizes = LAYERS[args.layer]
     size = packed_bytes(sizes)
-    command = "python -m benchmarks.loading " + " ".join(sys.argv[1:])
-    lines = [{"command": command, **machine()}]
+    lines = [{"command": results.command_line("loading", arguments), **machine.describe()}]
     print(json.dumps(lines[0]))
     directory = Path(tempfile.mkdtemp(prefix="loading-", dir=args.directory))
     try:
@@ -234,7 +229,3 @@ def main():
     ours = [line["peak"] for line in lines[1:] if line["contender"] == "load_experts"]
     if ours and max(ours) > LIMIT:
         sys.exit(f"peak {max(ours)} is over {LIMIT}")
-
-
-if __name__ == "__main__":
-    main()

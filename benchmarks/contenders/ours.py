@@ -1,0 +1,83 @@
+"""This package: the native kernel and the emulation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_nvfp4_moe as nvm
+from benchmarks import layers
+from benchmarks.contenders.jax_call import JaxContender
+
+
+def random_experts(layer, scheme):
+    """The layer's weights as this package takes them."""
+
+    def matrix(role, groups):
+        codes, scale = layers.matrices(layer, role)
+        return nvm.Nvfp4Array(
+            jnp.asarray(codes),
+            jnp.asarray(scale.view(jnp.float8_e4m3fn)),
+            jnp.full(groups, layer.gain(role), jnp.float32),
+        )
+
+    static = scheme == "static"
+    return nvm.ExpertWeights(
+        w13=matrix("w13", (layer.experts, 2)),
+        w2=matrix("w2", (layer.experts,)),
+        input_scale=jnp.float32(layers.INPUT_SCALE) if static else None,
+        hidden_scale=jnp.float32(layers.HIDDEN_SCALE) if static else None,
+        w13_bias=None,
+        w2_bias=None,
+        hidden_size=layer.hidden,
+        intermediate_size=layer.intermediate,
+        activation_scheme=scheme,
+        layout="linear",
+    )
+
+
+class Ours(JaxContender):
+    reference = "layer"
+    bound = 1e-2  # bfloat16 results, and rare codes on the other side of a rounding boundary
+    implementation: str
+
+    def __init__(self, layer, copies, scheme):
+        super().__init__(layer, copies, scheme)
+        experts = random_experts(layer, scheme)
+        self.weights = [(experts,)]
+        self.weights += [(jax.tree.map(jnp.copy, experts),) for _ in range(copies - 1)]
+        self.weights_nbytes = copies * experts.nbytes
+
+    @classmethod
+    def bytes_per_parameter(cls):
+        return 9 / 16 * (1 + 2 / 3)  # while gate and up are copied to the device
+
+    def function(self, *arguments, **options):
+        return nvm.nvfp4_moe_routed(*arguments, implementation=self.implementation, **options)
+
+
+class Cpu(Ours):
+    implementation = "cpu"
+
+
+class Emulation(Ours):
+    implementation = "emulation"
+
+    def expected(self, reference):
+        """The first batch's result, with which the others' are compared."""
+        if reference == "layer":
+            return self.run(0, 0)
+        (experts,) = self.weights[0]
+        numerics = "kernel"
+        if reference == "vllm":
+            numerics = "vllm"
+        else:
+            experts = dataclasses.replace(
+                experts, activation_scheme="none", input_scale=None, hidden_scale=None
+            )
+        function = functools.partial(self.function, numerics=numerics)
+        arguments = *self.batches[0], experts
+        compiled, _ = self.compile(function, arguments)
+        return np.asarray(compiled(*arguments))

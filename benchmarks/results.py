@@ -1,0 +1,42 @@
+"""Results: JSON lines, the first of which says what was run, on what."""
+
+import argparse
+import json
+import shlex
+import tempfile
+from pathlib import Path
+
+
+def write(path, lines):
+    """All of them or none: whoever reads the file meanwhile reads the old one."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
+
+
+def read(path):
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"{path}:{number} is not JSON: {error}") from None
+    return lines
+
+
+def add_output(parser):
+    """--output, whose folder has to exist before minutes are spent."""
+
+    def path(text):
+        if not Path(text).parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{Path(text).parent} is not a folder")
+        return Path(text)
+
+    parser.add_argument("--output", type=path, help="also write the lines to this file")
+
+
+def command_line(name, arguments):
+    """As it can be typed again."""
+    return shlex.join(["python", "-m", "benchmarks", name, *arguments])

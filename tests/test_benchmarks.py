@@ -1,0 +1,217 @@
+"""The benchmarks: what they time computes a layer, and what they write of made-up times."""
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from benchmarks import layers, machine, measuring, memory, plot, results
+from benchmarks.contenders import ggml_blocks, load
+from benchmarks.contenders.base import Unavailable
+from benchmarks.process import Contender
+
+TINY = layers.Layer("tiny", 8, 2, 128, 64)
+CACHE = 2 * TINY.expert_bytes
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+# ------------------------------------------------------------------------------------- data
+
+
+def test_a_token_goes_to_different_experts():
+    for batch in layers.token_batches(TINY, 5, 3, CACHE):
+        assert batch.ids.shape == (5, 2) and (batch.ids[:, 0] != batch.ids[:, 1]).all()
+        assert batch.ids.min() >= 0 and batch.ids.max() < TINY.experts
+
+
+def test_experts_are_used_again_after_the_cache_was_filled():
+    layer = layers.LAYERS["qwen3-30b"]
+    cache = 32 << 20
+    batches = layers.token_batches(layer, 1, 32, cache)
+    between = int(2 * cache // (8 * layer.expert_bytes)) + 1  # calls that fill the cache twice
+    for i, batch in enumerate(batches):
+        recent = [b.ids for b in batches[max(0, i - between) : i]]
+        assert not np.isin(batch.ids, recent).any()
+
+
+def test_small_layers_are_there_several_times():
+    assert layers.LAYERS["deepseek-v3"].copies(32 << 20) == 1
+    small = layers.LAYERS["small"]
+    assert small.copies(32 << 20) * small.nbytes >= 4 * (32 << 20)
+
+
+# ------------------------------------------------------------------------------------- contenders
+
+
+def decode(blocks):
+    """ggml's NVFP4, as its format is described, with its halved scales and its doubled codes."""
+    scale, data = blocks[..., :4], blocks[..., 4:].reshape(*blocks.shape[:-1], 4, 8)
+    codes = np.concatenate([data & 15, data >> 4], axis=-1)
+    halved = scale.view(ml_dtypes.float8_e4m3fn).astype(np.float64) / 2
+    return (2 * E2M1[codes] * halved[..., None]).reshape(len(blocks), -1)
+
+
+def test_ggml_blocks_hold_the_same_values():
+    codes, scale = layers.expert_matrix(TINY, "w13", 3)
+    elements = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
+    block_scale = scale.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    want = E2M1[elements] * block_scale.repeat(16, axis=-1)
+    blocks = ggml_blocks.blocks(codes, scale)
+    assert blocks.shape == (128, 2, 36) and blocks.dtype == np.uint8
+    np.testing.assert_array_equal(decode(blocks), want)
+    unpermuted = np.concatenate([scale.reshape(128, 2, 4), codes.reshape(128, 2, 32)], axis=-1)
+    assert (decode(unpermuted) != want).mean() > 0.5
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The emulation's result for a reference, each computed once."""
+    contender = load("emulation")(TINY, 1, "static")
+    contender.prepare(layers.token_batches(TINY, 5, 1, CACHE))
+    return functools.cache(lambda name: np.asarray(contender.expected(name), np.float32))
+
+
+@pytest.mark.parametrize("name", ["ggml", "torch-all", "torch-hit", "ragged-dot", "jax-bf16"])
+def test_contenders_compute_the_layer(name, expected):
+    if name.startswith("torch") and importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    try:
+        contender = load(name)(TINY, 2, "static")
+    except Unavailable as error:
+        pytest.skip(str(error))
+    contender.prepare(layers.token_batches(TINY, 5, 1, CACHE))
+    want = expected(contender.reference)
+    for copy in range(2):
+        got = np.asarray(contender.run(copy, 0), np.float32)
+        assert measuring.difference(got, want) <= contender.bound
+    assert measuring.difference(got[::-1], want) > contender.bound
+
+
+def test_no_contender_would_pass_for_unquantised_activations(expected):
+    assert measuring.difference(expected("layer"), expected("w4a16")) > 0.05
+
+
+def test_a_contender_in_its_process():
+    contender = Contender("emulation", TINY, 2, "static")
+    try:
+        facts = contender.prepare(3, CACHE)
+        assert facts["compile_s"] > 0
+        _, result = contender.first()
+        np.testing.assert_array_equal(result, contender.expected("layer"))
+        assert result.shape == (3, TINY.hidden)
+        assert contender.peak() < 1 << 30
+        assert len(contender.burst(0.01)) > 1
+        assert len(contender.burst(0)) == 1
+        contender._process.kill()  # as the system does when memory runs out
+        with pytest.raises(Unavailable, match="its process ended with -9"):
+            contender.burst(0)
+    finally:
+        contender.close()
+
+
+def test_a_contender_that_is_unavailable_says_why():
+    huge = layers.Layer("huge", 1 << 20, 8, 1 << 14, 1 << 14)
+    with pytest.raises(Unavailable, match=r"needs \d+.\d GB"):
+        Contender("emulation", huge, 1, "static")
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+
+class Fake:
+    def __init__(self, name, seconds):
+        self.name, self.seconds, self.bursts = name, seconds, 0
+
+    def burst(self, _):
+        self.bursts += 1
+        return [self.seconds]
+
+
+def test_turns_leave_out_who_had_its_time():
+    fast, slow = Fake("fast", 0.1), Fake("slow", 10)
+    times = measuring.turns([fast, slow], 6, 0.1, 15, lambda _: None)
+    assert times == {"fast": [0.1] * 6, "slow": [10] * 2}
+
+
+def test_rates():
+    limits = {"read_gb_s": 10.0, "float32_gflop_s": 100.0, "bfloat16_gflop_s": 50.0}
+    line = {"tokens": 4, "hit_experts": 8, "median_ms": 1.0}
+    found = measuring.rates(TINY, line, limits)
+    flops, packed = 2 * 4 * 2 * 3 * 128 * 64, 8 * (3 * 128 * 64 * 9 // 16 + 12)
+    assert found["gflop_s"] == pytest.approx(flops / 1e6, abs=0.01)
+    assert found["packed_gb_s"] == pytest.approx(packed / 1e6, abs=1e-3)
+    assert found["limit_ms"] == pytest.approx(packed / 10e9 * 1e3, rel=1e-3)
+    assert found["of_limit"] == found["of_read"]
+    assert found["of_bfloat16"] == pytest.approx(2 * found["of_float32"], abs=2e-4)
+    assert measuring.rates(TINY, {"unavailable": "no"}, limits) == {}
+
+
+def test_the_peak_is_that_of_the_call():
+    def touch():
+        return np.ones(1 << 25, np.uint8).sum()
+
+    # The system counts pages in each thread first, and all together only now and then.
+    assert 0.9 * (1 << 25) < memory.peak_of(touch) < 1 << 26
+    assert memory.peak_of(lambda: None) < 1 << 24
+
+
+def test_neighbours_are_others():
+    spin = "import time\nwhile time.process_time() < 0.4: pass\ntime.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-S", "-c", spin])
+    try:
+        ours, others = machine.Neighbours([child.pid]), machine.Neighbours([])
+        time.sleep(0.6)
+        found = ours.share(), others.share()
+    finally:
+        child.kill()
+        child.wait()
+    assert 0 <= found[0] < found[1]
+    assert found[1] > 0.1 / machine.cores()
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def made_up_lines():
+    limits = {"read_gb_s": 30.0, "float32_gflop_s": 160.0, "bfloat16_gflop_s": 20.0}
+    sizes = {"experts": 8, "top_k": 2, "hidden": 128, "intermediate": 64}
+    header = {"layer": "tiny", **sizes, "cpu": "a CPU", "cores": 2, "limits": limits}
+    lines = [header, {"contender": "cpu", "tokens": 1, "unavailable": "no reason"}]
+    for tokens in (1, 16):
+        for name, slower in (("emulation", 4), ("ggml", 1)):
+            middle = tokens * slower
+            line = {"contender": name, "tokens": tokens, "hit_experts": min(8, 2 * tokens)}
+            line |= {"q1_ms": 0.9 * middle, "median_ms": middle, "q3_ms": 1.2 * middle}
+            lines.append(line | measuring.rates(TINY, line, limits))
+    return lines
+
+
+def test_plots_are_written(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    results.write(path, made_up_lines())
+    assert results.read(path) == made_up_lines()
+    plot.main([str(path), "--output", str(tmp_path / "plots")])
+    for kind in ("latency", "roofline"):
+        text = (tmp_path / f"plots/{kind}-tiny.svg").read_text()
+        assert text.startswith("<?xml") and len(text) > 10_000
+
+
+def test_what_cannot_be_plotted_is_refused(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    arguments = [str(path), "--output", str(tmp_path)]
+    path.write_text("{}\n{")
+    with pytest.raises(SystemExit, match=r"lines.jsonl:2 is not JSON"):
+        plot.main(arguments)
+    path.write_text(json.dumps({"command": "python -m benchmarks bridge"}))
+    with pytest.raises(SystemExit, match="has no times of a layer"):
+        plot.main(arguments)
+    results.write(path, made_up_lines())
+    with pytest.raises(SystemExit, match="a second run of tiny"):
+        plot.main([str(path), *arguments])
