@@ -1,11 +1,14 @@
-// The XLA FFI handler of the layer on the CPU.
+// The XLA FFI handlers of the layer on the CPU.
 //
-// Operands: x f32 [T, H]; topk_ids s32 [T, K]; topk_weights f32 [T, K]; for w13 and for w2 codes u8
+// The layer. Operands: x f32 [T, H]; topk_ids s32 [T, K]; topk_weights f32 [T, K]; for w13 and for w2 codes u8
 // [E, rows, bytes], scales f8e4m3fn [E, rows, bytes], order s32 [logical rows] or [0], global scales
 // f32 [E, G] and [E], bias f32 [E, logical rows] or [0]; input_scale and hidden_scale f32 [], of the
 // static scheme. Result: f32 [T, H], or [T, K, H] for every expert's output.
 //
 // Attributes: those of `jax_nvfp4_moe.implementations.cpu`.
+//
+// The sum over slots alone, for experts that are on several devices. Operands: rows f32 [T, K, H];
+// topk_weights f32 [T, K]. Result: f32 [T, H]. Attributes: level, weighted.
 
 #include <algorithm>
 #include <cmath>
@@ -80,6 +83,15 @@ const float* OrNull(const Floats& array, int64_t count, const char* what) {
   return array.element_count() == 0 ? nullptr : array.typed_data();
 }
 
+const Stages& StagesOf(std::string_view name) {
+  const Level* const level = Find(std::string(name));
+  if (level == nullptr || !level->supported()) {
+    throw Failure(ErrorCode::kUnimplemented,
+                  "level '" + std::string(name) + "' is not there, or this machine lacks it");
+  }
+  return *level->stages;
+}
+
 ffi::Error Compute(ffi::ThreadPool pool, Floats x, Integers topk_ids, Floats topk_weights,
                    Bytes codes13, Scales scales13, Integers order13, Floats global13, Floats bias13,
                    Bytes codes2, Scales scales2, Integers order2, Floats global2, Floats bias2,
@@ -130,13 +142,32 @@ ffi::Error Compute(ffi::ThreadPool pool, Floats x, Integers topk_ids, Floats top
                  (layer.summed ? layer.tokens : pairs) * layer.hidden_size,
          "sizes do not fit");
 
-  const Level* const found = Find(std::string(level));
-  if (found == nullptr || !found->supported()) {
-    throw Failure(ErrorCode::kUnimplemented, "level '" + std::string(level) +
-                                                 "' is not there, or this machine lacks it");
-  }
   const auto schedule = [&](std::function<void()> task) { pool.Schedule(std::move(task)); };
-  Run(layer, *found->stages, pool.num_threads(), schedule);
+  Run(layer, StagesOf(level), pool.num_threads(), schedule);
+  return ffi::Error::Success();
+} catch (const Failure& failure) {
+  return ffi::Error(failure.code(), failure.what());
+} catch (const std::bad_alloc&) {
+  return ffi::Error(ErrorCode::kResourceExhausted, "no memory for the layer's intermediate values");
+}
+
+ffi::Error Combine(ffi::ThreadPool pool, Floats rows, Floats topk_weights,
+                   ffi::Result<Floats> result, std::string_view level, bool weighted) try {
+  Expect(rows.dimensions().size() == 3, "rows need 3 axes");
+  Layer layer = {};
+  layer.tokens = rows.dimensions()[0];
+  layer.top_k = rows.dimensions()[1];
+  layer.hidden_size = rows.dimensions()[2];
+  layer.weighted = weighted;
+  layer.topk_weights = topk_weights.typed_data();
+  layer.outputs = rows.typed_data();
+  layer.result = result->typed_data();
+  Expect(layer.hidden_size % kBlock == 0 &&
+             static_cast<int64_t>(topk_weights.element_count()) == layer.tokens * layer.top_k &&
+             static_cast<int64_t>(result->element_count()) == layer.tokens * layer.hidden_size,
+         "sizes do not fit");
+  const auto schedule = [&](std::function<void()> task) { pool.Schedule(std::move(task)); };
+  RunCombine(layer, StagesOf(level), pool.num_threads(), schedule);
   return ffi::Error::Success();
 } catch (const Failure& failure) {
   return ffi::Error(failure.code(), failure.what());
@@ -178,6 +209,19 @@ EXPORTED XLA_FFI_Error* jax_nvfp4_moe_layer_on_cpu(XLA_FFI_CallFrame* frame) {
                              .Attr<int64_t>("intermediate_size")
                              .Attr<bool>("swizzled")
                              .To(Compute)
+                             .release();
+  return handler->Call(frame);
+}
+
+EXPORTED XLA_FFI_Error* jax_nvfp4_moe_combine_on_cpu(XLA_FFI_CallFrame* frame) {
+  static auto* handler = ffi::Ffi::Bind()
+                             .Ctx<ffi::ThreadPool>()
+                             .Arg<Floats>()  // rows
+                             .Arg<Floats>()  // topk_weights
+                             .Ret<Floats>()
+                             .Attr<std::string_view>("level")
+                             .Attr<bool>("weighted")
+                             .To(Combine)
                              .release();
   return handler->Call(frame);
 }

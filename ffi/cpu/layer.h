@@ -69,7 +69,7 @@ struct Layer {
   bool summed;        // whether `result` is that sum, or every expert's output
 
   const float* x;             // [T, H]
-  const int32_t* topk_ids;    // [T, K]
+  const int32_t* topk_ids;    // [T, K]; null for `combine`: all are valid
   const float* topk_weights;  // [T, K]
   Matrix w13, w2;
   const float* global_scale13;  // [E, G]

@@ -144,4 +144,14 @@ void Run(Layer layer, const Stages& stages, int64_t threads, const Schedule& sch
       threads - 1, schedule);
 }
 
+void RunCombine(Layer layer, const Stages& stages, int64_t threads, const Schedule& schedule) {
+  layer.summed = true;
+  layer.rounding = Rounding::kFloat32;
+  const int64_t additions = layer.tokens * layer.top_k * layer.hidden_size;
+  threads = std::max<int64_t>(1, std::min(threads, additions / kWorthSharing));
+  RunStages({{layer.tokens * Tasks(layer.hidden_size, kCombineChunk),
+              [layer, run = stages.combine](int64_t task, void* scratch) { run(layer, task, scratch); }}},
+            threads - 1, schedule);
+}
+
 }  // namespace jax_nvfp4_moe::cpu

@@ -18,6 +18,9 @@ namespace jax_nvfp4_moe::cpu {
 // Throws std::bad_alloc.
 void Run(Layer layer, const Stages& stages, int64_t threads, const Schedule& schedule);
 
+// Its last stage alone, from `outputs` in float.
+void RunCombine(Layer layer, const Stages& stages, int64_t threads, const Schedule& schedule);
+
 }  // namespace jax_nvfp4_moe::cpu
 
 #endif  // JAX_NVFP4_MOE_CPU_RUN_H_

@@ -236,8 +236,8 @@ void Combine(const Layer& layer, int64_t task, void*) {
     Floats total = {};
     for (int64_t slot = 0; slot < layer.top_k; ++slot) {
       const int64_t pair = token * layer.top_k + slot;
-      const int32_t expert = layer.topk_ids[pair];
-      const bool valid = expert >= 0 && expert < layer.num_experts;
+      const int32_t expert = layer.topk_ids == nullptr ? 0 : layer.topk_ids[pair];
+      const bool valid = layer.topk_ids == nullptr || (expert >= 0 && expert < layer.num_experts);
       const Floats row = valid ? LoadOutput(layer, pair * columns + column) : Floats{};
       if (!layer.summed) {
         Store(layer.result + pair * columns + column, row);

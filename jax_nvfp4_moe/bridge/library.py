@@ -11,6 +11,7 @@ import jax
 # Another meaning of the attributes needs another name: exports outlive the version that wrote them.
 TARGET = "jax_nvfp4_moe_call_v1"
 CPU_LAYER = "jax_nvfp4_moe_layer_on_cpu_v1"
+CPU_COMBINE = "jax_nvfp4_moe_combine_on_cpu_v1"
 
 _LIBRARY = Path(__file__).with_name("libjax_nvfp4_moe.so")
 _CALL_SITE = "jax_nvfp4_moe_call_site_v1"
@@ -102,19 +103,23 @@ def register_targets(platform: Literal["cuda", "cpu"]) -> None:
         _registered.add(platform)
 
 
-def register_cpu_layer() -> None:
-    """Makes the layer's own kernels for CPUs known to XLA, as `CPU_LAYER`; again does nothing.
+def register_cpu_targets() -> None:
+    """Makes the layer's own kernels for CPUs known to XLA; again does nothing.
 
     Raises:
         OSError: the library is not there.
     """
     library = _open()
+    handlers = {
+        CPU_LAYER: library.jax_nvfp4_moe_layer_on_cpu,
+        CPU_COMBINE: library.jax_nvfp4_moe_combine_on_cpu,
+    }
     with _lock:
-        if CPU_LAYER in _registered:
-            return
-        handler = jax.ffi.pycapsule(library.jax_nvfp4_moe_layer_on_cpu)
-        jax.ffi.register_ffi_target(CPU_LAYER, handler, platform=_PLATFORMS["cpu"])
-        _registered.add(CPU_LAYER)
+        for target, handler in handlers.items():
+            if target not in _registered:
+                capsule = jax.ffi.pycapsule(handler)
+                jax.ffi.register_ffi_target(target, capsule, platform=_PLATFORMS["cpu"])
+                _registered.add(target)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ The C++ is in `ffi/cpu`. Weights are read as they are, in any layout, once for e
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +56,6 @@ class Cpu:
         """Why the kernels cannot serve the problem, or None if they can."""
         if problem.call.numerics != "kernel":
             return f"numerics={problem.call.numerics!r}: it has those of 'kernel' only"
-        if problem.routing is not None:
-            return "it has no router of its own: leave out route_in_kernel"
         if (reason := library.unavailable()) is not None:
             return reason
         levels = library.cpu_levels()
@@ -100,10 +99,11 @@ class Cpu:
         recipe = Recipe(call, experts.activation_scheme, x.dtype)
         ids = emulation.local_ids(call, topk_ids, experts)
         values = recipe.input_values(x, topk_weights)
-        result = self._call(recipe, values, ids, topk_weights, experts)
+        result = self._layer(recipe, values, ids, topk_weights, experts)
         if call.axis_name is not None:
-            # Each row is zero on all devices but one, so this sum is exact and keeps the slot order.
-            result = recipe.combine(lax.psum(result, call.axis_name), topk_weights)
+            # Each row is zero on all devices but one, so this sum is exact, and the kernel adds the
+            # slots as it does where it has all experts.
+            result = self._combine(recipe, lax.psum(result, call.axis_name), topk_weights)
         return round_to(result, call.output_dtype).astype(call.output_dtype)
 
     def run_from_logits(
@@ -118,7 +118,7 @@ class Cpu:
         """The layer's output; there is no faster way to route than `route`."""
         return self.run(call, x, *route(logits, routing, bias=bias), experts)
 
-    def _call(
+    def _layer(
         self,
         recipe: Recipe,
         values: Float32[Array, "T H"],
@@ -127,36 +127,70 @@ class Cpu:
         experts: ExpertWeights,
     ) -> Float32[Array, "..."]:
         """The weighted sum [T, H]; with experts on several devices, all rows [T, K, H]."""
-        library.register_cpu_layer()
-        activation, num_experts = recipe.call.activation, experts.num_experts
-        parameters = {name: getattr(activation, name) for name in ("alpha", "beta", "limit")}
-        orders = _row_orders(experts)
-        operands = (
-            values,
-            ids,
-            weights,
-            *_matrix(experts.w13, orders[0], (num_experts, 2 if experts.gated else 1)),
-            _array_or(experts.w13_bias, np.zeros(0)),
-            *_matrix(experts.w2, orders[1], (num_experts,)),
-            _array_or(experts.w2_bias, np.zeros(0)),
-            _array_or(recipe.input_scale(experts), 1.0),
-            _array_or(recipe.hidden_scale(experts), 1.0),
-        )
-        shape = values.shape if recipe.call.axis_name is None else (*ids.shape, values.shape[-1])
         # Inside shard_map the result varies over every mesh axis that an operand varies over.
-        result = jax.typeof(emulation.varying_zeros((), jnp.dtype(jnp.float32), values, ids, weights, experts))
-        target = jax.ffi.ffi_call(library.CPU_LAYER, result.update(shape=shape))
-        return target(
-            *operands,
-            level=self.level or "",
-            scheme=experts.activation_scheme,
-            activation=activation.name,
-            **{name: np.float32(value or 0.0) for name, value in parameters.items()},
-            rounding=jnp.dtype(recipe.row_dtype).name,
-            weighted=not recipe.call.router_weight_on_input,
-            intermediate_size=experts.intermediate_size,
-            swizzled=experts.layout != "linear",
+        sources = values, ids, weights, experts
+        varying = jax.typeof(emulation.varying_zeros((), jnp.dtype(jnp.float32), *sources))
+        shape = values.shape if recipe.call.axis_name is None else (*ids.shape, values.shape[-1])
+        return self._call(
+            library.CPU_LAYER,
+            varying.update(shape=shape),
+            operands(recipe, *sources),
+            attributes(recipe, experts),
         )
+
+    def _combine(
+        self, recipe: Recipe, rows: Float32[Array, "T K H"], weights: Float32[Array, "T K"]
+    ) -> Float32[Array, "T H"]:
+        varying = jax.typeof(emulation.varying_zeros((), jnp.dtype(jnp.float32), rows, weights))
+        return self._call(
+            library.CPU_COMBINE,
+            varying.update(shape=(rows.shape[0], rows.shape[2])),
+            (rows, weights),
+            {"weighted": not recipe.call.router_weight_on_input},
+        )
+
+    def _call(
+        self, target: str, result: Any, arrays: tuple[Array, ...], options: dict[str, Any]
+    ) -> Array:
+        library.register_cpu_targets()
+        return jax.ffi.ffi_call(target, result)(*arrays, level=self.level or "", **options)
+
+
+def operands(
+    recipe: Recipe,
+    values: Float32[Array, "T H"],
+    ids: Int32[Array, "T K"],
+    weights: Float32[Array, "T K"],
+    experts: ExpertWeights,
+) -> tuple[Array, ...]:
+    """What the kernel is given, in the order of `ffi/cpu/handler.cc`."""
+    order13, order2 = _row_orders(experts)
+    return (
+        values,
+        ids,
+        weights,
+        *_matrix(experts.w13, order13, (experts.num_experts, 2 if experts.gated else 1)),
+        _array_or(experts.w13_bias, np.zeros(0)),
+        *_matrix(experts.w2, order2, (experts.num_experts,)),
+        _array_or(experts.w2_bias, np.zeros(0)),
+        _array_or(recipe.input_scale(experts), 1.0),
+        _array_or(recipe.hidden_scale(experts), 1.0),
+    )
+
+
+def attributes(recipe: Recipe, experts: ExpertWeights) -> dict[str, Any]:
+    """What the kernel is told, but for its level."""
+    activation = recipe.call.activation
+    parameters = {name: getattr(activation, name) for name in ("alpha", "beta", "limit")}
+    return {
+        "scheme": experts.activation_scheme,
+        "activation": activation.name,
+        **{name: np.float32(value or 0.0) for name, value in parameters.items()},
+        "rounding": jnp.dtype(recipe.row_dtype).name,
+        "weighted": not recipe.call.router_weight_on_input,
+        "intermediate_size": experts.intermediate_size,
+        "swizzled": experts.layout != "linear",
+    }
 
 
 def _matrix(weights: Nvfp4Array, order: np.ndarray, groups: tuple[int, ...]) -> tuple[Array, ...]:

@@ -1,0 +1,1 @@
+"""The CPU kernels on machines that are not at hand, see README.md."""

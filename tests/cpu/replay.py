@@ -1,0 +1,143 @@
+"""Records calls of the CPU kernels, and checks what `replay` made of them elsewhere.
+
+    python -m tests.cpu.replay record DIRECTORY
+    python -m tests.cpu.replay build DIRECTORY/replay
+    DIRECTORY/replay avx512 DIRECTORY/*.call > avx512.txt     # there
+    python -m tests.cpu.replay check DIRECTORY avx512.txt
+"""
+
+import json
+import shlex
+import subprocess
+import zlib
+from pathlib import Path
+
+import click
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+import jax_nvfp4_moe as nvm
+from jax_nvfp4_moe.implementations import cpu
+from jax_nvfp4_moe.implementations._recipes import Recipe
+from jax_nvfp4_moe.implementations.base import Call
+from tests import conformance, oracle
+
+SOURCES = Path(__file__).parents[2] / "ffi" / "cpu"
+# As ffi/CMakeLists.txt has them.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+FLAGS = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
+FLAGS["avx512"] = FLAGS["avx2"] + AVX512
+FLAGS["avx512_vnni"] = [*FLAGS["avx512"], "-mavx512vnni"]
+FLAGS["avx512_bf16"] = [*FLAGS["avx512_vnni"], "-mavx512bf16"]
+FLAGS["amx"] = [*FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
+
+# Every case of the suite, and the layouts whose rows are stored elsewhere.
+LAYOUT_CASES = (
+    conformance.Case(tokens=2),
+    conformance.Case(tokens=40, activation="relu2", scheme="per_token"),
+    conformance.case(5, 4, 2, 192, 48, scheme="none"),
+    conformance.case(40, 4, 2, 192, 48),
+)
+CASES = (
+    *((case, "linear") for case in (*conformance.CASES, *conformance.SLOW_CASES)),
+    *((case, layout) for case in LAYOUT_CASES for layout in ("trtllm", "cute_dsl")),
+)
+
+
+def layer_of(case):
+    return conformance.make_layer(case, np.random.default_rng(zlib.crc32(str(case).encode())))
+
+
+def recorded_call(layer, experts):
+    """The attributes and operands of a call, as the kernel is given them."""
+    call = Call(layer.activation, "kernel", jnp.dtype("float32"), None, layer.case.on_input)
+    x, weights = jnp.asarray(layer.x), jnp.asarray(layer.weights)
+    recipe = Recipe(call, experts.activation_scheme, x.dtype)
+    values = recipe.input_values(x, weights)
+    arrays = cpu.operands(recipe, values, jnp.asarray(layer.ids), weights, experts)
+    return cpu.attributes(recipe, experts), [np.asarray(array) for array in arrays]
+
+
+def write(path, attributes, operands):
+    with path.open("wb") as file:
+        for name, value in attributes.items():
+            file.write(f"attribute {name} {value}\n".encode())
+        for array in operands:
+            shape = " ".join(map(str, array.shape))
+            file.write(f"operand {array.nbytes} {shape}\n".encode() + array.tobytes())
+
+
+@click.group()
+def main():
+    """Calls of the CPU kernels, run elsewhere."""
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def record(directory):
+    """Writes a file for each call of the conformance suite."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, (case, layout) in enumerate(track(CASES, "Recording")):
+        layer = layer_of(case)
+        experts = layer.experts if layout == "linear" else nvm.prepare(layer.experts, layout)
+        write(directory / f"{number:03}.call", *recorded_call(layer, experts))
+
+
+@main.command()
+@click.argument("program", type=click.Path(path_type=Path))
+@click.option("--compiler", default="g++", help="With a target's prefix, for another machine.")
+@click.option("--flags", default="-O3 -static", help="For all files.")
+@click.option("--levels", default=",".join(FLAGS), help="Those the compiler is for.")
+def build(program, compiler, flags, levels):
+    """Compiles the program that runs recorded calls."""
+    common = [compiler, "-std=c++17", "-Wno-psabi", f"-I{SOURCES}", "-pthread", *shlex.split(flags)]
+    program.parent.mkdir(parents=True, exist_ok=True)
+    objects = []
+    for name in track(levels.split(","), "Compiling"):
+        objects.append(str(program.with_name(f"{program.name}-{name}.o")))
+        source = str(SOURCES / f"{name}.cc")
+        subprocess.run([*common, *FLAGS[name], "-c", source, "-o", objects[-1]], check=True)
+    rest = [str(SOURCES / f"{name}.cc") for name in ("level", "run", "team")]
+    source = str(Path(__file__).with_name("replay.cc"))
+    subprocess.run([*common, source, *rest, *objects, "-o", str(program)], check=True)
+
+
+@main.command()
+@click.argument("output", type=click.File())
+@click.option("--report", type=click.Path(path_type=Path), help="Also write the figures here.")
+def check(output, report):
+    """Holds results to the float64 oracle, ties followed, and to the emulation."""
+    lines = [line.split() for line in output if line.startswith("result ")]
+    results = {int(name.split(".")[0]): bytes.fromhex(data) for _, name, data in lines}
+    missing = sorted(set(range(len(CASES))) - set(results))
+    if missing:
+        raise click.ClickException(f"{len(missing)} of {len(CASES)} calls are missing: {missing}")
+    figures = []
+    for number, (case, layout) in enumerate(track(CASES, "Checking")):
+        layer = layer_of(case)
+        got = np.frombuffer(results[number], ">u4").astype(np.uint32).view(np.float32)
+        got = got.reshape(layer.x.shape)
+        want = conformance.reference(layer)
+        emulated = conformance.run(layer, "emulation")
+        figures.append(
+            {
+                "case": str(case),
+                "layout": layout,
+                "ties": conformance.check(got, want),
+                "oracle": float(oracle.relative_l2(got, want.out)),
+                "emulation": float(oracle.relative_l2(got, emulated)),
+                "differing": float((got != emulated).mean()),
+            }
+        )
+    for what in ("oracle", "emulation"):
+        values = sorted(each[what] for each in figures)
+        print(f"relative L2 to {what}: median {np.median(values):.1e}, largest {values[-1]:.1e}")
+    flipped = [each for each in figures if each["emulation"] > 1e-5]
+    print(f"{len(figures)} calls, {len(flipped)} with a tie rounded unlike the emulation")
+    if report:
+        report.write_text("".join(json.dumps(each) + "\n" for each in figures))
+
+
+if __name__ == "__main__":
+    main()
