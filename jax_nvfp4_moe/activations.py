@@ -130,8 +130,10 @@ def activate(
 
     gate, up = jnp.split(c1, 2, axis=-1)
     if activation.limit is not None and activation.limit < math.inf:
-        gate = jnp.minimum(gate, activation.limit)
-        up = jnp.clip(up, -activation.limit, activation.limit)
+        # Selected, not clipped: XLA:CPU's vectors of minima lose NaNs.
+        limit = jnp.float32(activation.limit)
+        gate = jnp.where(gate > limit, limit, gate)
+        up = jnp.where(up > limit, limit, jnp.where(up < -limit, -limit, up))
     bent = rounded(_bend(gate, activation))
     if activation.beta is not None:
         up = up + activation.beta

@@ -93,7 +93,7 @@ def round_to(x: Float32[Array, "*shape"], dtype: Any) -> Float32[Array, "*shape"
     # The scope names the rounding in XLA's metadata, where tests/aot finds it again.
     with jax.named_scope(f"round_{info.dtype.name}"):
         saturates = info.dtype == jnp.float8_e4m3fn
-        x = jnp.clip(x, -E4M3_MAX, E4M3_MAX) if saturates else x
+        x = clamp(x, -E4M3_MAX, E4M3_MAX) if saturates else x
         # An E4M3 value has no infinities, so its top exponent is in use: keep float32's eight bits,
         # the clip above has bounded the range.
         rounded = lax.reduce_precision(x, 8 if saturates else info.nexp, info.nmant)
@@ -102,6 +102,23 @@ def round_to(x: Float32[Array, "*shape"], dtype: Any) -> Float32[Array, "*shape"
         # reduce_precision flushes the narrow type's subnormals: round those on their fixed grid.
         grid = float(info.smallest_subnormal)
         return jnp.where(jnp.abs(x) < float(info.tiny), jnp.round(x * (1 / grid)) * grid, rounded)
+
+
+def clamp(
+    x: Float32[Array, "*shape"], low: float, high: float
+) -> Float32[Array, "*shape"]:
+    """Bounds values; NaN stays NaN, which XLA:CPU's vectors of minima and maxima lose."""
+    return jnp.where(x < low, jnp.float32(low), jnp.where(x > high, jnp.float32(high), x))
+
+
+def largest_magnitude(x: Float32[Array, "*rows K"]) -> Float32[Array, "*rows"]:
+    """The largest |x| along the last axis, NaN if there is one.
+
+    As integers: the bits of a NaN are above those of every other magnitude. XLA:CPU's maximum of
+    floats along an axis drops NaNs in some shapes (jaxlib 0.10.2).
+    """
+    bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    return lax.bitcast_convert_type(jnp.max(bits, axis=-1, initial=0), jnp.float32)
 
 
 def e2m1_codes(x: Float32[Array, "*shape"]) -> UInt8[Array, "*shape"]:
@@ -280,19 +297,19 @@ def quantize_blocks(
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
     # The sixth of the maximum, as the maximum of sixths: the same bits, and XLA cannot multiply the
     # constant into a scalar gain first, which moves ties (jaxlib 0.10.2 does).
-    amax_sixth = jnp.max(jnp.abs(blocks) * jnp.float32(_ONE_SIXTH), axis=-1)
+    amax_sixth = largest_magnitude(blocks * jnp.float32(_ONE_SIXTH))
     gain = jnp.broadcast_to(encode_scale, x.shape[:-1])[..., None]
     scale = round_to(gain * amax_sixth, jnp.float8_e4m3fn)
     # Where the scale is zero any divisor serves: what is too small for a scale is too for a code.
     step = jnp.where(scale == 0, 1.0, scale)
-    inverse = jnp.minimum(exact_divide(jnp.broadcast_to(gain, step.shape), step), _FLOAT32_MAX)
+    inverse = clamp(exact_divide(jnp.broadcast_to(gain, step.shape), step), 0.0, _FLOAT32_MAX)
     return e2m1_codes(blocks * inverse[..., None]).reshape(x.shape), scale
 
 
 def scale_for(amax: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """The decode scale amax / 2688 that puts `amax` at the top of the range; 1 where it is zero."""
     scale = exact_divide(amax, jnp.full_like(amax, RANGE_MAX))
-    return jnp.where(amax == 0, 1.0, jnp.maximum(scale, _FLOAT32_TINY))
+    return jnp.where(amax == 0, 1.0, clamp(scale, _FLOAT32_TINY, jnp.inf))
 
 
 def reciprocal(scale: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:

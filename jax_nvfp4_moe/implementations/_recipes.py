@@ -22,6 +22,7 @@ from jax_nvfp4_moe.format import (
     doubled_codes,
     exact_divide,
     expand_global_scale,
+    largest_magnitude,
     quantize_blocks,
     reciprocal,
     round_to,
@@ -157,7 +158,7 @@ class Recipe:
         if self.scheme == "none":
             return Rows(x[..., 0::2], x[..., 1::2], None, None)
         if self.scheme == "per_token":
-            scale = lax.optimization_barrier(scale_for(jnp.max(jnp.abs(x), -1, keepdims=True)))
+            scale = lax.optimization_barrier(scale_for(largest_magnitude(x)[..., None]))
         assert scale is not None  # check_experts
         rows = self.quantize_at(x, reciprocal(scale))
         if self.call.numerics == "vllm":
