@@ -26,102 +26,60 @@ struct Avx2 {
   }
 };
 
-template <class Byte>
-INLINE __m256i Four(const Byte* codes) {
+INLINE __m256i Four(const uint8_t* codes) {
   int32_t bits;
   memcpy(&bits, codes, sizeof bits);
   return _mm256_set1_epi32(bits);
 }
 
-// The four quarters of a block, as Codes::code has them, by a table of 16.
-INLINE void LookUp(const __m256i* packed, __m128i table, __m256i* to) {
-  const __m256i wide = _mm256_broadcastsi128_si256(table), low = _mm256_set1_epi8(15);
-  for (int i = 0; i < 2; ++i) {
-    const __m256i odd = _mm256_srli_epi16(packed[i], 4);
-    to[2 * i] = _mm256_shuffle_epi8(wide, _mm256_and_si256(packed[i], low));
-    to[2 * i + 1] = _mm256_shuffle_epi8(wide, _mm256_and_si256(odd, low));
-  }
-}
-
-// Sums of 16 products of a byte from 0 to 24 and one from -12 to 12, for each of 8 rows. Eight
-// pairs of products stay below 2**15.
-INLINE __m256i Dot(const __m256i* unsigned_bytes, const __m256i* signed_bytes) {
-  __m256i sum = _mm256_maddubs_epi16(unsigned_bytes[0], signed_bytes[0]);
-  for (int i = 1; i < 4; ++i) {
-    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(unsigned_bytes[i], signed_bytes[i]));
-  }
-  return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
-}
-
-INLINE __m256 AddScaled(__m256 sums, __m256i product, __m256 a, __m256 b) {
-  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), _mm256_mul_ps(a, b), sums);
-}
-
 struct Avx2Codes : Avx2 {
   using Block = Codes;
-
-  struct Few {  // weights are shifted, as correcting for that needs only the tokens
-    struct Weights {
-      __m256i code[4];
-      __m256 scale;
-    };
-    struct Operand {
-      __m256i code[4], correction;
-      __m256 scale;
-    };
-
-    static INLINE Weights Unpack(const __m256i* packed, const float* scales) {
-      Weights w;
-      LookUp(packed, _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0),
-             w.code);
-      w.scale = _mm256_loadu_ps(scales);
-      return w;
-    }
-    static INLINE Operand Broadcast(const Codes& x) {
-      return {{Four(x.code), Four(x.code + 4), Four(x.code + 8), Four(x.code + 12)},
-              _mm256_set1_epi32(x.correction),
-              _mm256_set1_ps(x.scale)};
-    }
-    static INLINE Sums Add(Sums sums, const Weights& w, const Operand& x) {
-      const __m256i product = _mm256_add_epi32(Dot(w.code, x.code), x.correction);
-      return AddScaled(sums, product, w.scale, x.scale);
-    }
+  struct Weights {
+    __m256i code[4];     // twice the value, in the order of Codes::shifted
+    __m256i correction;  // -12 times the sum of a row's, as the tokens' are shifted
+    __m256 scale;
+  };
+  struct Operand {
+    __m256i code[4];
+    __m256 scale;
   };
 
-  struct Many {  // tokens are shifted: vpmaddubsw takes its signed side from memory
-    struct Weights {
-      __m256i code[4], correction;
-      __m256 scale;
-    };
-    struct Operand {
-      __m256i code[4];
-      __m256 scale;
-    };
+  static INLINE Weights Unpack(const __m256i* packed, const float* scales) {
+    const __m256i table = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+    const __m256i low = _mm256_set1_epi8(15);
+    Weights w;
+    for (int i = 0; i < 2; ++i) {
+      const __m256i odd = _mm256_srli_epi16(packed[i], 4);
+      w.code[2 * i] = _mm256_shuffle_epi8(table, _mm256_and_si256(packed[i], low));
+      w.code[2 * i + 1] = _mm256_shuffle_epi8(table, _mm256_and_si256(odd, low));
+    }
+    const __m256i sum = _mm256_add_epi8(_mm256_add_epi8(w.code[0], w.code[1]),
+                                        _mm256_add_epi8(w.code[2], w.code[3]));
+    const __m256i shifted = _mm256_maddubs_epi16(_mm256_set1_epi8(12), sum);
+    w.correction = _mm256_madd_epi16(shifted, _mm256_set1_epi16(-1));
+    w.scale = _mm256_loadu_ps(scales);
+    return w;
+  }
 
-    static INLINE Weights Unpack(const __m256i* packed, const float* scales) {
-      Weights w;
-      LookUp(packed, _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), w.code);
-      const __m256i sum = _mm256_add_epi8(_mm256_add_epi8(w.code[0], w.code[1]),
-                                          _mm256_add_epi8(w.code[2], w.code[3]));
-      const __m256i shifted = _mm256_maddubs_epi16(_mm256_set1_epi8(12), sum);
-      w.correction = _mm256_madd_epi16(shifted, _mm256_set1_epi16(-1));
-      w.scale = _mm256_loadu_ps(scales);
-      return w;
+  static INLINE Operand Broadcast(const Codes& x) {
+    return {{Four(x.shifted), Four(x.shifted + 4), Four(x.shifted + 8), Four(x.shifted + 12)},
+            _mm256_set1_ps(x.scale)};
+  }
+
+  static INLINE Sums Add(Sums sums, const Weights& w, const Operand& x) {
+    // Eight products of at most 24 * 12 in each half stay below 2**15.
+    __m256i pairs = _mm256_maddubs_epi16(x.code[0], w.code[0]);
+    for (int i = 1; i < 4; ++i) {
+      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(x.code[i], w.code[i]));
     }
-    static INLINE Operand Broadcast(const Codes& x) {
-      return {{Four(x.shifted), Four(x.shifted + 4), Four(x.shifted + 8), Four(x.shifted + 12)},
-              _mm256_set1_ps(x.scale)};
-    }
-    static INLINE Sums Add(Sums sums, const Weights& w, const Operand& x) {
-      const __m256i product = _mm256_add_epi32(Dot(x.code, w.code), w.correction);
-      return AddScaled(sums, product, w.scale, x.scale);
-    }
-  };
+    const __m256i product =
+        _mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), w.correction);
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), _mm256_mul_ps(w.scale, x.scale), sums);
+  }
 };
 
 struct Avx2Values : Avx2 {
-  using Few = Avx2Values;
-  using Many = Avx2Values;
   using Block = Values;
   using Operand = const Values&;
   struct Weights {

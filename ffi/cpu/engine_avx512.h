@@ -37,7 +37,7 @@ struct Avx512 {
   }
 };
 
-INLINE __m512i Four512(const int8_t* codes) {
+INLINE __m512i Four512(const uint8_t* codes) {
   int32_t bits;
   memcpy(&bits, codes, sizeof bits);
   return _mm512_set1_epi32(bits);
@@ -60,21 +60,20 @@ INLINE __m512i Dot512(__m512i start, const __m512i* unsigned_bytes, const __m512
 }
 
 struct Avx512Codes : Avx512 {
-  using Few = Avx512Codes;
-  using Many = Avx512Codes;
   using Block = Codes;
-  struct Weights {  // shifted by 12, to be unsigned
-    __m512i code[4];
+  struct Weights {
+    __m512i code[4];     // twice the value, in the order of Codes::shifted
+    __m512i correction;  // -12 times the sum of a row's, as the tokens' are shifted
     __m512 scale;
   };
   struct Operand {
-    __m512i code[4], correction;
+    __m512i code[4];
     __m512 scale;
   };
 
   static INLINE Weights Unpack(const __m512i* packed, const float* scales) {
     const __m512i table = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+        _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
     const __m512i low = _mm512_set1_epi8(15);
     Weights w;
     for (int i = 0; i < 2; ++i) {
@@ -82,18 +81,21 @@ struct Avx512Codes : Avx512 {
       w.code[2 * i] = _mm512_shuffle_epi8(table, _mm512_and_si512(packed[i], low));
       w.code[2 * i + 1] = _mm512_shuffle_epi8(table, _mm512_and_si512(odd, low));
     }
+    const __m512i shift = _mm512_set1_epi8(12), shifts[4] = {shift, shift, shift, shift};
+    const __m512i zero = _mm512_setzero_si512();
+    w.correction = _mm512_sub_epi32(zero, Dot512(zero, shifts, w.code));
     w.scale = _mm512_loadu_ps(scales);
     return w;
   }
 
   static INLINE Operand Broadcast(const Codes& x) {
-    return {{Four512(x.code), Four512(x.code + 4), Four512(x.code + 8), Four512(x.code + 12)},
-            _mm512_set1_epi32(x.correction),
+    return {{Four512(x.shifted), Four512(x.shifted + 4), Four512(x.shifted + 8),
+             Four512(x.shifted + 12)},
             _mm512_set1_ps(x.scale)};
   }
 
   static INLINE Sums Add(Sums sums, const Weights& w, const Operand& x) {
-    const __m512 product = _mm512_cvtepi32_ps(Dot512(x.correction, w.code, x.code));
+    const __m512 product = _mm512_cvtepi32_ps(Dot512(w.correction, x.code, w.code));
     return _mm512_fmadd_ps(product, _mm512_mul_ps(w.scale, x.scale), sums);
   }
 };
@@ -108,8 +110,6 @@ INLINE __m512 Value512(const __m512i* packed, int i, __m512 scale) {
 }
 
 struct Avx512Values : Avx512 {
-  using Few = Avx512Values;
-  using Many = Avx512Values;
   using Block = Values;
   using Operand = const Values&;
   struct Weights {
@@ -145,8 +145,6 @@ INLINE __m512i Pair512(const __m512i* packed, int pair, __m512 scale) {
 }
 
 struct Avx512Narrow : Avx512 {
-  using Few = Avx512Narrow;
-  using Many = Avx512Narrow;
   using Block = Narrow;
   using Operand = const Narrow&;
   struct Weights {

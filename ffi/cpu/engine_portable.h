@@ -47,12 +47,10 @@ struct Portable {
 };
 
 struct PortableCodes : Portable {
-  using Few = PortableCodes;
-  using Many = PortableCodes;
   using Block = Codes;
   using Operand = const Codes&;
   struct Weights {
-    int8_t code[kBlock][kLanes];  // in the order of Codes::code
+    int8_t code[kBlock][kLanes];  // in the order of Codes::shifted
     float scale[kLanes];
   };
 
@@ -73,7 +71,7 @@ struct PortableCodes : Portable {
   static INLINE Sums Add(Sums sums, const Weights& w, const Codes& x) {
     int32_t product[kLanes] = {};
     for (int64_t i = 0; i < kBlock; ++i) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) product[lane] += w.code[i][lane] * x.code[i];
+      for (int64_t lane = 0; lane < kLanes; ++lane) product[lane] += w.code[i][lane] * (x.shifted[i] - 12);
     }
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       sums.lane[lane] += product[lane] * (w.scale[lane] * x.scale);
@@ -83,8 +81,6 @@ struct PortableCodes : Portable {
 };
 
 struct PortableValues : Portable {
-  using Few = PortableValues;
-  using Many = PortableValues;
   using Block = Values;
   using Operand = const Values&;
   struct Weights {

@@ -27,7 +27,6 @@ constexpr int64_t kParts = kBlock / kWidth;  // vectors in a block
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
-typedef int8_t Bytes __attribute__((vector_size(kBlock)));
 
 INLINE Floats Load(const float* from) {
   Floats v;
@@ -45,12 +44,6 @@ INLINE Floats Abs(const Floats& x) { return FromBits(Bits(x) & 0x7FFFFFFF); }
 // A NaN in x is kept.
 INLINE Floats AtMost(const Floats& x, float limit) { return x > limit ? All(limit) : x; }
 INLINE Floats AtLeast(const Floats& x, float limit) { return x < limit ? All(limit) : x; }
-
-INLINE int32_t Sum(const Ints& x) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < kWidth; ++i) sum += x[i];
-  return sum;
-}
 
 // The largest magnitude: as integers, the bits of NaNs are above those of all other floats.
 INLINE Ints MaxBits(const Ints& most, const Floats& x) {
@@ -121,24 +114,17 @@ INLINE void Quantize(const Floats* x, float encode, Codes* to) {
   float inverse = encode / step;
   inverse = inverse > 0x1.fffffep127f ? 0x1.fffffep127f : inverse;
   int32_t codes[kBlock];
-  Ints sum = {};
   for (int64_t i = 0; i < kParts; ++i) {
     const Floats scaled = x[i] * inverse, a = Abs(scaled);
     // What each boundary that is passed adds to the doubled value; a tie belongs to the even code.
     const Ints doubled = -((a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) +
                            2 * ((a > 2.5f) + (a >= 3.5f)) + 4 * (a > 5.0f));
     const Ints sign = Bits(scaled) >> 31;
-    const Ints code = (doubled ^ sign) - sign;
-    sum += code;
-    memcpy(codes + i * kWidth, &code, sizeof code);
+    const Ints shifted = ((doubled ^ sign) - sign) + 12;
+    memcpy(codes + i * kWidth, &shifted, sizeof shifted);
   }
   static constexpr int kOrder[kBlock] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
-  for (int64_t i = 0; i < kBlock; ++i) to->code[i] = static_cast<int8_t>(codes[kOrder[i]]);
-  Bytes shifted;
-  memcpy(&shifted, to->code, sizeof shifted);
-  shifted += 12;
-  memcpy(to->shifted, &shifted, sizeof shifted);
-  to->correction = -12 * Sum(sum);
+  for (int64_t i = 0; i < kBlock; ++i) to->shifted[i] = static_cast<uint8_t>(codes[kOrder[i]]);
   to->scale = 64 * scale;
 }
 

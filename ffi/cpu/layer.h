@@ -32,11 +32,12 @@ struct Matrix {
 
 // One block of a quantised activation, as the products read it.
 struct Codes {
-  int8_t code[kBlock];      // twice the E2M1 values, of elements 0 2 4 6 1 3 5 7, 8 10 .. 15
-  uint8_t shifted[kBlock];  // the same plus 12: some instructions multiply unsigned by signed
-  int32_t correction;       // -12 times their sum, where it is the weights that are shifted
-  float scale;              // the block's, times 64: a quarter, as both factors are doubled, and
-                            // 2**8, which decoded weight scales lack
+  // Twice the E2M1 values plus 12, as instructions multiply unsigned bytes by signed ones, of
+  // elements 0 2 4 6 1 3 5 7 and 8 10 12 14 9 11 13 15.
+  uint8_t shifted[kBlock];
+  // The block's, times 64: a quarter, as both factors are doubled, and 2**8, which decoded weight
+  // scales lack.
+  float scale;
 };
 
 // One block of an activation that is not quantised.

@@ -6,12 +6,11 @@
 //   Block             Codes, Values or Narrow
 //   Packed            vector of kLanes dwords: 8 codes of each row
 //   Sums              float vector of kLanes
-//   Few, Many         how a block of weights meets one of a token, in registers or from a panel:
-//     Weights, Operand  the two, decoded and in every lane
-//     Unpack(packed, scales), Broadcast(block), Add(sums, weights, operand)
+//   Weights           a block of kLanes rows, decoded; what a panel is made of
+//   Operand           a block of one token, in every lane
 //   Transpose(rows, offset, packed)   4 blocks of each row, from byte `offset` on
 //   DecodeScales(rows, count, to)     [count, kLanes] floats, times 2**-8
-//   Zero, Load, Store
+//   Unpack(packed, scales), Broadcast(block), Add(sums, weights, operand), Zero, Load, Store
 //
 // Few tokens: weights are decoded in registers, for up to kFew tokens, and the memory's speed is
 // the limit. Many: a panel of decoded weights, small enough for the fastest cache, meets one token
@@ -55,9 +54,10 @@ struct Scratch {
   float sums[kTaskTokens * 2 * kOutputChunk];
   float scales[kMaxLanes * kDepth];
   uint8_t row_scales[kMaxLanes][kDepth];
-  alignas(64) uint8_t blocks[kFew * kDepth * sizeof(Values)];
+  alignas(64) uint8_t blocks[kTaskTokens * kPanelBlocks * sizeof(Values)];
   alignas(64) uint8_t panel[512 << 10];
 };
+static_assert(kFew * kDepth <= kTaskTokens * kPanelBlocks);
 static_assert(sizeof(Scratch) <= kScratchBytes);
 
 // `count` scales of a row, from block `from` on: where they are, or a copy of them.
@@ -111,22 +111,63 @@ struct Lanes {
 
 // ------------------------------------------------------------------------------------- few tokens
 
+// Fetches `bytes` of each of `count` rows into the cache.
+INLINE void Prefetch(const void* first, int64_t count, int64_t stride, int64_t bytes) {
+  for (int64_t row = 0; row < count; ++row) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) {
+      __builtin_prefetch(static_cast<const uint8_t*>(first) + row * stride + byte);
+    }
+  }
+}
+
+// The codes and scales of the next rows, which are fetched while these are multiplied: as many bytes
+// for each block as these have. Where rows are stored out of order it is others that are fetched.
+class Ahead {
+ public:
+  INLINE Ahead(const Rows& rows, int64_t row, int64_t from, int64_t count) {
+    const Matrix& m = *rows.matrix;
+    const int64_t place = rows.expert * m.stored_rows + rows.Stored(row);
+    line_ = m.codes + place * m.code_stride + from * (kBlock / 2);
+    scales_ = m.scales + place * m.scale_stride + from;
+    stride_ = m.code_stride;
+    bytes_ = count * (kBlock / 2);
+  }
+
+  template <int64_t kLanes>
+  INLINE void Fetch(int64_t block) {
+    for (int64_t i = 0; i < kLanes / 8; ++i) {
+      __builtin_prefetch(line_ + done_);
+      done_ += 64;
+      if (done_ >= bytes_) done_ = 0, line_ += stride_;
+    }
+    if (block % 8 == 0) __builtin_prefetch(scales_ + block * kLanes);
+  }
+
+  INLINE void FetchAll(int64_t lanes) const {
+    Prefetch(line_, lanes, stride_, bytes_);
+    Prefetch(scales_, 1, 0, lanes * bytes_ / (kBlock / 2));
+  }
+
+ private:
+  const uint8_t* line_;
+  const uint8_t* scales_;
+  int64_t stride_, bytes_, done_ = 0;
+};
+
 // Adds the products of some rows with `kCount` tokens, whose blocks alternate, to their sums.
-// Meanwhile the rows after these, at `next`, are fetched into the cache.
 template <class Engine, int kCount>
 INLINE void MultiplyLanes(const Lanes<Engine>& lanes, const float* scales,
                           const typename Engine::Block* blocks, int64_t count, bool first,
-                          float* sums, int64_t stride, const uint8_t* next) {
-  using Few = typename Engine::Few;
+                          float* sums, int64_t stride, Ahead ahead) {
   typename Engine::Sums total[kCount];
   for (int t = 0; t < kCount; ++t) {
     total[t] = first ? Engine::Zero() : Engine::Load(sums + t * stride);
   }
   lanes.ForEachBlock(count, [&](int64_t b, const typename Engine::Packed* packed) INLINE_LAMBDA {
-    __builtin_prefetch(next + b * 64);
-    const typename Few::Weights w = Few::Unpack(packed, scales + b * Engine::kLanes);
+    ahead.template Fetch<Engine::kLanes>(b);
+    const typename Engine::Weights w = Engine::Unpack(packed, scales + b * Engine::kLanes);
     for (int t = 0; t < kCount; ++t) {
-      total[t] = Few::Add(total[t], w, Few::Broadcast(blocks[b * kCount + t]));
+      total[t] = Engine::Add(total[t], w, Engine::Broadcast(blocks[b * kCount + t]));
     }
   });
   for (int t = 0; t < kCount; ++t) Engine::Store(sums + t * stride, total[t]);
@@ -139,6 +180,7 @@ void MultiplyFew(const Rows& rows, const typename Engine::Block* const* tokens, 
   const int64_t all = rows.matrix->columns / kBlock;
   for (int64_t from = 0; from < all; from += kDepth) {
     const int64_t count = all - from < kDepth ? all - from : kDepth;
+    Ahead(rows, 0, from, count).FetchAll(Engine::kLanes);
     const Block* blocks = tokens[0] + from;
     if (kCount > 1) {
       Block* const copies = reinterpret_cast<Block*>(scratch->blocks);
@@ -150,9 +192,9 @@ void MultiplyFew(const Rows& rows, const typename Engine::Block* const* tokens, 
     for (int64_t row = 0; row < rows.count(); row += Engine::kLanes) {
       const Lanes<Engine> lanes(rows, row, from, count, scratch);
       Engine::DecodeScales(lanes.scales, count, scratch->scales);
-      const uint8_t* const next = lanes.codes[0] + Engine::kLanes * rows.matrix->code_stride;
+      const int64_t below = row + Engine::kLanes < rows.count() ? row + Engine::kLanes : row;
       MultiplyLanes<Engine, kCount>(lanes, scratch->scales, blocks, count, from == 0, sums + row,
-                                    stride, next);
+                                    stride, Ahead(rows, below, from, count));
     }
   }
 }
@@ -161,57 +203,86 @@ void MultiplyFew(const Rows& rows, const typename Engine::Block* const* tokens, 
 
 // Adds the products of a panel of `kVectors` times kLanes rows with one token to its sums.
 template <class Engine, int kVectors>
-INLINE void MultiplyPanel(const typename Engine::Many::Weights* panel,
+INLINE void MultiplyPanel(const typename Engine::Weights* panel,
                           const typename Engine::Block* blocks, int64_t count, bool first,
                           float* sums) {
-  using Many = typename Engine::Many;
   typename Engine::Sums total[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     total[v] = first ? Engine::Zero() : Engine::Load(sums + v * Engine::kLanes);
   }
   for (int64_t b = 0; b < count; ++b) {
-    const typename Many::Operand x = Many::Broadcast(blocks[b]);
+    const typename Engine::Operand x = Engine::Broadcast(blocks[b]);
     for (int v = 0; v < kVectors; ++v) {
-      total[v] = Many::Add(total[v], panel[b * kVectors + v], x);
+      total[v] = Engine::Add(total[v], panel[b * kVectors + v], x);
     }
   }
   for (int v = 0; v < kVectors; ++v) Engine::Store(sums + v * Engine::kLanes, total[v]);
 }
 
+// Some blocks of many tokens, beside each other.
+template <class Engine>
+struct Chunk {
+  const typename Engine::Block* const* tokens;
+  int64_t num_tokens;
+  int64_t from, count;
+  bool last;  // of its tokens
+
+  INLINE void Gather(typename Engine::Block* to) const {
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      memcpy(to + t * count, tokens[t] + from, count * sizeof *to);
+    }
+  }
+};
+
+// One chunk with the rows from `row` on; meanwhile what comes next is fetched into the cache: the
+// codes of `next_row`, and with the first rows the next chunk of the tokens.
 template <class Engine, int kVectors>
-void MultiplyMany(const Rows& rows, int64_t row, const typename Engine::Block* const* tokens,
-                  int64_t num_tokens, float* sums, int64_t stride, Scratch* scratch) {
-  using Many = typename Engine::Many;
+void MultiplyChunk(const Rows& rows, int64_t row, int64_t next_row, int64_t next_from,
+                   const Chunk<Engine>& chunk, float* sums, int64_t stride, Scratch* scratch) {
+  using Block = typename Engine::Block;
   constexpr int64_t kRows = kVectors * Engine::kLanes;
-  auto* const panel = reinterpret_cast<typename Many::Weights*>(scratch->panel);
+  auto* const panel = reinterpret_cast<typename Engine::Weights*>(scratch->panel);
   static_assert(sizeof(*panel) * kVectors * kPanelBlocks <= sizeof scratch->panel);
+  for (int v = 0; v < kVectors; ++v) {
+    const Lanes<Engine> lanes(rows, row + v * Engine::kLanes, chunk.from, chunk.count, scratch);
+    Engine::DecodeScales(lanes.scales, chunk.count, scratch->scales);
+    lanes.ForEachBlock(chunk.count, [&](int64_t b, const typename Engine::Packed* packed) INLINE_LAMBDA {
+      panel[b * kVectors + v] = Engine::Unpack(packed, scratch->scales + b * Engine::kLanes);
+    });
+  }
+  const Matrix& m = *rows.matrix;
+  const uint8_t* const next = m.codes + next_from * (kBlock / 2) +
+                              (rows.expert * m.stored_rows + rows.Stored(next_row)) * m.code_stride;
+  const Block* const blocks = reinterpret_cast<const Block*>(scratch->blocks);
+  for (int64_t t = 0; t < chunk.num_tokens; ++t) {
+    const int64_t begin = kRows * t / chunk.num_tokens, end = kRows * (t + 1) / chunk.num_tokens;
+    Prefetch(next + begin * m.code_stride, end - begin, m.code_stride, kPanelBlocks * kBlock / 2);
+    if (row == 0 && !chunk.last) {
+      Prefetch(chunk.tokens[t] + chunk.from + chunk.count, 1, 0, kPanelBlocks * sizeof(Block));
+    }
+    MultiplyPanel<Engine, kVectors>(panel, blocks + t * chunk.count, chunk.count, chunk.from == 0,
+                                    sums + t * stride + row);
+  }
+}
+
+template <class Engine>
+void MultiplyMany(const Rows& rows, const typename Engine::Block* const* tokens, int64_t num_tokens,
+                  float* sums, int64_t stride, Scratch* scratch) {
+  constexpr int64_t kTogether = Engine::kLanes * Engine::kVectors;
   const int64_t all = rows.matrix->columns / kBlock;
   for (int64_t from = 0; from < all; from += kPanelBlocks) {
     const int64_t count = all - from < kPanelBlocks ? all - from : kPanelBlocks;
-    // The codes of the next panel, which is further along these rows, or the first of those below.
-    const uint8_t* next[kRows];
-    const int64_t offset = from + count < all
-                               ? count * (kBlock / 2)
-                               : kRows * rows.matrix->code_stride - from * (kBlock / 2);
-    for (int v = 0; v < kVectors; ++v) {
-      const Lanes<Engine> lanes(rows, row + v * Engine::kLanes, from, count, scratch);
-      for (int64_t lane = 0; lane < Engine::kLanes; ++lane) {
-        next[v * Engine::kLanes + lane] = lanes.codes[lane] + offset;
-      }
-      Engine::DecodeScales(lanes.scales, count, scratch->scales);
-      lanes.ForEachBlock(count, [&](int64_t b, const typename Engine::Packed* packed) INLINE_LAMBDA {
-        panel[b * kVectors + v] = Many::Unpack(packed, scratch->scales + b * Engine::kLanes);
-      });
-    }
-    int64_t fetched = 0;
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      for (; fetched * num_tokens < kRows * (t + 1); ++fetched) {
-        for (int64_t line = 0; line < kPanelBlocks * (kBlock / 2); line += 64) {
-          __builtin_prefetch(next[fetched] + line);
-        }
-      }
-      MultiplyPanel<Engine, kVectors>(panel, tokens[t] + from, count, from == 0,
-                                      sums + t * stride + row);
+    const Chunk<Engine> chunk = {tokens, num_tokens, from, count, from + count == all};
+    chunk.Gather(reinterpret_cast<typename Engine::Block*>(scratch->blocks));
+    for (int64_t row = 0; row < rows.count();) {
+      const bool whole = row + kTogether <= rows.count();
+      const int64_t below = row + (whole ? kTogether : Engine::kLanes);
+      const bool more = below < rows.count();
+      const auto multiply =
+          whole ? MultiplyChunk<Engine, Engine::kVectors> : MultiplyChunk<Engine, 1>;
+      multiply(rows, row, more ? below : 0, more || chunk.last ? from : from + count, chunk, sums,
+               stride, scratch);
+      row = below;
     }
   }
 }
@@ -236,14 +307,7 @@ void Multiply(const Rows& rows, const typename Engine::Block* const* tokens, int
     CASE(8);
   }
 #undef CASE
-  constexpr int64_t kTogether = Engine::kLanes * Engine::kVectors;
-  int64_t row = 0;
-  for (; row + kTogether <= rows.count(); row += kTogether) {
-    MultiplyMany<Engine, Engine::kVectors>(rows, row, tokens, num_tokens, sums, stride, scratch);
-  }
-  for (; row < rows.count(); row += Engine::kLanes) {
-    MultiplyMany<Engine, 1>(rows, row, tokens, num_tokens, sums, stride, scratch);
-  }
+  MultiplyMany<Engine>(rows, tokens, num_tokens, sums, stride, scratch);
 }
 
 }  // namespace

@@ -36,7 +36,7 @@ INLINE Floats LoadHalves(const uint16_t* from) {
 INLINE void Widen(const Codes& x, Narrow* to) {
   static constexpr int kPlace[kBlock] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
   float values[kBlock];
-  for (int64_t i = 0; i < kBlock; ++i) values[i] = x.code[kPlace[i]] * (x.scale * 0x1p-7f);
+  for (int64_t i = 0; i < kBlock; ++i) values[i] = (x.shifted[kPlace[i]] - 12) * (x.scale * 0x1p-7f);
   for (int64_t i = 0; i < kBlock; i += kWidth) StoreHalves(to->value + i, Load(values + i));
 }
 
