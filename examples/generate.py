@@ -105,6 +105,7 @@ def arguments():
     add("--original", type=Path, help="the model before quantisation, for its perplexity")
     add("--held-out", type=Path, help="text for the perplexity")
     add("--activations", choices=("static", "per_token", "none"), help="default: as in the files")
+    add("--implementation", choices=("cpu", "emulation"), help="of the experts; default: the best")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="but for experts")
     args = parser.parse_args()
     if args.directory.parent == MODELS:
@@ -118,6 +119,9 @@ def main():
     args = arguments()
     load = functools.partial(qwen3_moe.load, dtype=jnp.dtype(args.dtype))
     model = load(args.directory, activation_scheme=args.activations)
+    for block in model.layers:
+        if isinstance(block.moe, Nvfp4MoE):
+            block.moe.implementation = args.implementation
     tokenizer = Tokenizer.from_file(str(args.directory / "tokenizer.json"))
     begin = json.loads((args.directory / "config.json").read_text("utf-8")).get("bos_token_id")
     begin = [] if begin is None else [begin]

@@ -104,9 +104,7 @@ def round_to(x: Float32[Array, "*shape"], dtype: Any) -> Float32[Array, "*shape"
         return jnp.where(jnp.abs(x) < float(info.tiny), jnp.round(x * (1 / grid)) * grid, rounded)
 
 
-def clamp(
-    x: Float32[Array, "*shape"], low: float, high: float
-) -> Float32[Array, "*shape"]:
+def clamp(x: Float32[Array, "*shape"], low: float, high: float) -> Float32[Array, "*shape"]:
     """Bounds values; NaN stays NaN, which XLA:CPU's vectors of minima and maxima lose."""
     return jnp.where(x < low, jnp.float32(low), jnp.where(x > high, jnp.float32(high), x))
 

@@ -18,7 +18,21 @@ from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.implementations.cpu import LEVELS
 from tests import oracle
 
-IMPLEMENTATIONS = ("emulation", *(nvm.Cpu(level) for level in LEVELS))
+_LEVELS_HERE = {} if library.unavailable() else library.cpu_levels()
+# Levels that this machine lacks: tests/cpu runs the suite for them elsewhere.
+IMPLEMENTATIONS = (
+    "emulation",
+    *(
+        pytest.param(
+            nvm.Cpu(level),
+            id=f"cpu-{level}",
+            marks=pytest.mark.skipif(
+                not _LEVELS_HERE.get(level), reason=f"needs a CPU with {level}, see tests/cpu"
+            ),
+        )
+        for level in LEVELS
+    ),
+)
 
 # float32 sums of up to a few thousand exact products, and rows rounded to bfloat16 on the way.
 GATE = 1e-4
@@ -211,16 +225,7 @@ def make_layer(case, rng):
     return Layer(case, x, np.asarray(ids), np.asarray(weights), experts, activation)
 
 
-def needed(implementation):
-    """Skips where the machine lacks the instructions; see tests/cpu for these."""
-    if isinstance(implementation, nvm.Cpu):
-        levels = library.cpu_levels()
-        if not levels.get(implementation.level):
-            pytest.skip(f"needs a CPU with {implementation.level}")
-
-
 def run(layer, implementation, *, experts=None, **overrides):
-    needed(implementation)
     options = {
         "activation": layer.activation,
         "implementation": implementation,

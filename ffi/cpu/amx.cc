@@ -1,8 +1,8 @@
 // The level for AMX-BF16: tiles where an expert has many tokens, AVX-512 where it has few.
 //
 // A tile holds 16 rows of 64 bytes. Weights go into tiles of 16 pairs of columns by 16 rows, tokens
-// into tiles of 16 tokens by 32 columns, both in bfloat16, where code times scale is exact; sums are
-// float. Two tiles of weights meet two of tokens, so that each is loaded once for two products.
+// into tiles of 16 tokens by 32 columns, both in bfloat16, where code times scale is exact; sums
+// are float. Two tiles of weights meet two of tokens, so that each is loaded once for two products.
 
 #include "engine_avx512.h"
 #include "level.h"
@@ -11,14 +11,15 @@
 namespace jax_nvfp4_moe::cpu {
 namespace {
 
-constexpr int64_t kTile = 16;                     // rows of a tile
-constexpr int64_t kTileBytes = 64;                // of a row
-constexpr int64_t kTileColumns = 32;              // that a product of tiles adds over
-constexpr int64_t kTileDepth = kDepth * kBlock;   // columns at once
+constexpr int64_t kTile = 16;                    // rows of a tile
+constexpr int64_t kTileBytes = 64;               // of a row
+constexpr int64_t kTileColumns = 32;             // that a product of tiles adds over
+constexpr int64_t kTileDepth = kDepth * kBlock;  // columns at once
 constexpr int64_t kRowsAtOnce = 2 * kTile;
 
 struct Tiles {
-  alignas(64) uint16_t weights[2][kTileDepth / 2][2 * kTile];  // [tile of rows][pair][row, even|odd]
+  alignas(
+      64) uint16_t weights[2][kTileDepth / 2][2 * kTile];  // [tile of rows][pair][row, even|odd]
   alignas(64) uint16_t tokens[kTaskTokens][kTileDepth];
 };
 static_assert(sizeof(Tiles) <= sizeof(Scratch::panel));
@@ -111,8 +112,8 @@ INLINE void MultiplyTiles(const Tiles& tiles, int64_t num_tokens, int64_t column
 }
 
 // As Multiply, for more than kFew tokens.
-void MultiplyByTiles(const Rows& rows, const Narrow* const* tokens, int64_t num_tokens,
-                            float* sums, int64_t stride, Scratch* scratch) {
+void MultiplyByTiles(const Rows& rows, const Narrow* const* tokens, int64_t num_tokens, float* sums,
+                     int64_t stride, Scratch* scratch) {
   auto* const tiles = reinterpret_cast<Tiles*>(scratch->panel);
   const TileConfiguration configuration;
   const int64_t all = rows.matrix->columns / kBlock;

@@ -1,5 +1,5 @@
-// Products with AVX-512 F, BW, VL and DQ; with VNNI, and with BF16, where the file that includes this
-// is compiled for them.
+// Products with AVX-512 F, BW, VL and DQ; with VNNI, and with BF16, where the file that includes
+// this is compiled for them.
 
 #ifndef JAX_NVFP4_MOE_CPU_ENGINE_AVX512_H_
 #define JAX_NVFP4_MOE_CPU_ENGINE_AVX512_H_

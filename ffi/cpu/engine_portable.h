@@ -34,7 +34,8 @@ struct Portable {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       for (int64_t i = 0; i < 2 * kStep; ++i) {
         const uint8_t* const four = rows[lane] + offset + 4 * i;  // little endian on any machine
-        to[i].lane[lane] = four[0] | four[1] << 8 | four[2] << 16 | static_cast<uint32_t>(four[3]) << 24;
+        to[i].lane[lane] =
+            four[0] | four[1] << 8 | four[2] << 16 | static_cast<uint32_t>(four[3]) << 24;
       }
     }
   }
@@ -71,7 +72,8 @@ struct PortableCodes : Portable {
   static INLINE Sums Add(Sums sums, const Weights& w, const Codes& x) {
     int32_t product[kLanes] = {};
     for (int64_t i = 0; i < kBlock; ++i) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) product[lane] += w.code[i][lane] * (x.shifted[i] - 12);
+      for (int64_t lane = 0; lane < kLanes; ++lane)
+        product[lane] += w.code[i][lane] * (x.shifted[i] - 12);
     }
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       sums.lane[lane] += product[lane] * (w.scale[lane] * x.scale);
@@ -102,7 +104,8 @@ struct PortableValues : Portable {
 
   static INLINE Sums Add(Sums sums, const Weights& w, const Values& x) {
     for (int64_t i = 0; i < kBlock; ++i) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) sums.lane[lane] += w.value[i][lane] * x.value[i];
+      for (int64_t lane = 0; lane < kLanes; ++lane)
+        sums.lane[lane] += w.value[i][lane] * x.value[i];
     }
     return sums;
   }

@@ -1,5 +1,5 @@
-// Vectors of floats and what is computed on them, in the compilers' own notation, which they lower to
-// any instruction set. Everything here is in an unnamed namespace: each level has its own.
+// Vectors of floats and what is computed on them, in the compilers' own notation, which they lower
+// to any instruction set. Everything here is in an unnamed namespace: each level has its own.
 
 #ifndef JAX_NVFP4_MOE_CPU_FLOATS_H_
 #define JAX_NVFP4_MOE_CPU_FLOATS_H_
@@ -85,7 +85,8 @@ INLINE Floats Round(const Floats& x, Rounding to) {
 INLINE float ToE4m3(float x) {
   if (x != x) return x;
   if (x >= 448.0f) return 448.0f;
-  if (x < 0x1p-6f) return (x + 0x1.8p14f) - 0x1.8p14f;  // a multiple of 2**-9, the smallest subnormal
+  if (x < 0x1p-6f)
+    return (x + 0x1.8p14f) - 0x1.8p14f;  // a multiple of 2**-9, the smallest subnormal
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000;
@@ -137,7 +138,7 @@ INLINE Floats Exp(Floats x) {
   const Ints power = Bits(shifted) - 0x4B400000;
   const Floats n = shifted - 0x1.8p23f;
   const Floats r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // log 2 in two parts
-  Floats p = All(0x1.a01a02p-13f);  // the exponential series, to r**7
+  Floats p = All(0x1.a01a02p-13f);                                // the exponential series, to r**7
   p = p * r + 0x1.6c16c2p-10f;
   p = p * r + 0x1.111112p-7f;
   p = p * r + 0x1.555556p-5f;

@@ -1,9 +1,9 @@
 // The XLA FFI handlers of the layer on the CPU.
 //
-// The layer. Operands: x f32 [T, H]; topk_ids s32 [T, K]; topk_weights f32 [T, K]; for w13 and for w2 codes u8
-// [E, rows, bytes], scales f8e4m3fn [E, rows, bytes], order s32 [logical rows] or [0], global scales
-// f32 [E, G] and [E], bias f32 [E, logical rows] or [0]; input_scale and hidden_scale f32 [], of the
-// static scheme. Result: f32 [T, H], or [T, K, H] for every expert's output.
+// The layer. Operands: x f32 [T, H]; topk_ids s32 [T, K]; topk_weights f32 [T, K]; for w13 and for
+// w2 codes u8 [E, rows, bytes], scales f8e4m3fn [E, rows, bytes], order s32 [logical rows] or [0],
+// global scales f32 [E, G] and [E], bias f32 [E, logical rows] or [0]; input_scale and hidden_scale
+// f32 [], of the static scheme. Result: f32 [T, H], or [T, K, H] for every expert's output.
 //
 // Attributes: those of `jax_nvfp4_moe.implementations.cpu`.
 //
@@ -109,8 +109,8 @@ ffi::Error Compute(ffi::ThreadPool pool, Floats x, Integers topk_ids, Floats top
   layer.num_experts = codes13.dimensions()[0];
   layer.intermediate_size = intermediate_size;
   layer.scheme = Parse<Scheme>("scheme", scheme, {"static", "per_token", "none"});
-  layer.curve = Parse<Curve>("activation", activation,
-                             {"silu", "gelu", "gelu_tanh", "swiglu_oai", "relu2"});
+  layer.curve =
+      Parse<Curve>("activation", activation, {"silu", "gelu", "gelu_tanh", "swiglu_oai", "relu2"});
   layer.rounding = Parse<Rounding>("rounding", rounding, {"float32", "bfloat16", "float16"});
   layer.gated = layer.curve != Curve::kRelu2;
   layer.alpha = alpha;
@@ -124,8 +124,8 @@ ffi::Error Compute(ffi::ThreadPool pool, Floats x, Integers topk_ids, Floats top
   layer.x = x.typed_data();
   layer.topk_ids = topk_ids.typed_data();
   layer.topk_weights = topk_weights.typed_data();
-  layer.w13 = MatrixOf(codes13, scales13, order13, groups * intermediate_size, layer.hidden_size,
-                       swizzled);
+  layer.w13 =
+      MatrixOf(codes13, scales13, order13, groups * intermediate_size, layer.hidden_size, swizzled);
   layer.w2 = MatrixOf(codes2, scales2, order2, layer.hidden_size, intermediate_size, swizzled);
   layer.global_scale13 = OrNull(global13, experts * groups, "w13's global scales: expected [E, G]");
   layer.global_scale2 = OrNull(global2, experts, "w2's global scales: expected [E]");

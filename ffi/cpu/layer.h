@@ -73,10 +73,10 @@ struct Layer {
   const int32_t* topk_ids;    // [T, K]; null for `combine`: all are valid
   const float* topk_weights;  // [T, K]
   Matrix w13, w2;
-  const float* global_scale13;  // [E, G]
-  const float* global_scale2;   // [E]
-  const float* bias13;          // [E, G * I] or null
-  const float* bias2;           // [E, H] or null
+  const float* global_scale13;      // [E, G]
+  const float* global_scale2;       // [E]
+  const float* bias13;              // [E, G * I] or null
+  const float* bias2;               // [E, H] or null
   float input_scale, hidden_scale;  // decode scales, where static
   float* result;                    // [T, H], or [T, K, H]
 
@@ -108,11 +108,11 @@ struct Stages {
   void (*combine)(const Layer&, int64_t task, void* scratch);
 };
 
-constexpr int64_t kFew = 8;               // tokens whose sums are in registers at once
-constexpr int64_t kTaskTokens = 64;       // at most, of a Unit
-constexpr int64_t kCombineChunk = 512;    // columns of H that a task of `combine` adds
-constexpr int64_t kHiddenChunk = 64;      // at most, of I
-constexpr int64_t kOutputChunk = 128;     // at most, of H
+constexpr int64_t kFew = 8;                 // tokens whose sums are in registers at once
+constexpr int64_t kTaskTokens = 64;         // at most, of a Unit
+constexpr int64_t kCombineChunk = 512;      // columns of H that a task of `combine` adds
+constexpr int64_t kHiddenChunk = 64;        // at most, of I
+constexpr int64_t kOutputChunk = 128;       // at most, of H
 constexpr int64_t kScratchBytes = 2 << 20;  // of each thread
 
 }  // namespace jax_nvfp4_moe::cpu

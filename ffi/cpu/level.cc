@@ -35,9 +35,8 @@ bool HasAmx() {
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, asm/fpu/types.h
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return HasAvx512Bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 &&
-           (d & kBf16) != 0 && (d & kTile) != 0 &&
-           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return HasAvx512Bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 &&
+           (d & kTile) != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
   return has;
 #else

@@ -66,8 +66,8 @@ INLINE const uint8_t* RowScales(const Rows& rows, int64_t stored, int64_t from, 
   const Matrix& m = *rows.matrix;
   const uint8_t* base = m.scales + rows.expert * m.stored_rows * m.scale_stride;
   if (!m.swizzled) return base + stored * m.scale_stride + from;
-  const uint8_t* tiles = base + stored / 128 * 128 * m.scale_stride + stored % 32 * 16 +
-                         stored % 128 / 32 * 4;
+  const uint8_t* tiles =
+      base + stored / 128 * 128 * m.scale_stride + stored % 32 * 16 + stored % 128 / 32 * 4;
   for (int64_t i = 0; i < count; ++i) copy[i] = tiles[(from + i) / 4 * 512 + (from + i) % 4];
   return copy;
 }
@@ -120,8 +120,9 @@ INLINE void Prefetch(const void* first, int64_t count, int64_t stride, int64_t b
   }
 }
 
-// The codes and scales of the next rows, which are fetched while these are multiplied: as many bytes
-// for each block as these have. Where rows are stored out of order it is others that are fetched.
+// The codes and scales of the next rows, which are fetched while these are multiplied: as many
+// bytes for each block as these have. Where rows are stored out of order it is others that are
+// fetched.
 class Ahead {
  public:
   INLINE Ahead(const Rows& rows, int64_t row, int64_t from, int64_t count) {
@@ -246,9 +247,10 @@ void MultiplyChunk(const Rows& rows, int64_t row, int64_t next_row, int64_t next
   for (int v = 0; v < kVectors; ++v) {
     const Lanes<Engine> lanes(rows, row + v * Engine::kLanes, chunk.from, chunk.count, scratch);
     Engine::DecodeScales(lanes.scales, chunk.count, scratch->scales);
-    lanes.ForEachBlock(chunk.count, [&](int64_t b, const typename Engine::Packed* packed) INLINE_LAMBDA {
-      panel[b * kVectors + v] = Engine::Unpack(packed, scratch->scales + b * Engine::kLanes);
-    });
+    lanes.ForEachBlock(
+        chunk.count, [&](int64_t b, const typename Engine::Packed* packed) INLINE_LAMBDA {
+          panel[b * kVectors + v] = Engine::Unpack(packed, scratch->scales + b * Engine::kLanes);
+        });
   }
   const Matrix& m = *rows.matrix;
   const uint8_t* const next = m.codes + next_from * (kBlock / 2) +
@@ -293,8 +295,8 @@ void MultiplyMany(const Rows& rows, const typename Engine::Block* const* tokens,
 template <class Engine>
 void Multiply(const Rows& rows, const typename Engine::Block* const* tokens, int64_t num_tokens,
               float* sums, int64_t stride, Scratch* scratch) {
-#define CASE(n)                                                                   \
-  case n:                                                                         \
+#define CASE(n) \
+  case n:       \
     return MultiplyFew<Engine, n>(rows, tokens, sums, stride, scratch)
   switch (num_tokens) {
     CASE(1);

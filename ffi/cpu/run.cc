@@ -58,7 +58,8 @@ int64_t Chunk(int64_t columns, int64_t most, int64_t units, int64_t threads) {
 }
 
 bool AnyMany(const std::vector<Unit>& units) {
-  return std::any_of(units.begin(), units.end(), [](const Unit& unit) { return unit.tokens > kFew; });
+  return std::any_of(units.begin(), units.end(),
+                     [](const Unit& unit) { return unit.tokens > kFew; });
 }
 
 struct Free {
@@ -102,16 +103,15 @@ void Run(Layer layer, const Stages& stages, int64_t threads, const Schedule& sch
   layer.num_pairs = grouping.pairs.size();
   layer.num_units = grouping.units.size();
 
-  const int64_t products = layer.num_pairs * (layer.w13.rows + layer.intermediate_size) *
-                           layer.hidden_size;
+  const int64_t products =
+      layer.num_pairs * (layer.w13.rows + layer.intermediate_size) * layer.hidden_size;
   threads = std::max<int64_t>(1, std::min(threads, products / kWorthSharing));
-  layer.hidden_chunk =
-      Chunk(layer.intermediate_size, kHiddenChunk, layer.num_units, threads);
+  layer.hidden_chunk = Chunk(layer.intermediate_size, kHiddenChunk, layer.num_units, threads);
   layer.output_chunk = Chunk(layer.hidden_size, kOutputChunk, layer.num_units, threads);
 
-  layer.form = layer.scheme != Scheme::kNone ? Form::kCodes
+  layer.form = layer.scheme != Scheme::kNone                            ? Form::kCodes
                : stages.narrow && layer.rounding == Rounding::kBfloat16 ? Form::kNarrow
-                                                                         : Form::kValues;
+                                                                        : Form::kValues;
   Memory memory;
   const bool per_token = layer.scheme == Scheme::kPerToken;
   const bool tiles = stages.tiles && layer.form == Form::kCodes && AnyMany(grouping.units);
@@ -136,7 +136,8 @@ void Run(Layer layer, const Stages& stages, int64_t threads, const Schedule& sch
   RunStages(
       {
           stage(tokens, stages.input),
-          stage(layer.num_units * Tasks(layer.intermediate_size, layer.hidden_chunk), stages.hidden),
+          stage(layer.num_units * Tasks(layer.intermediate_size, layer.hidden_chunk),
+                stages.hidden),
           stage(per_token ? layer.num_pairs : 0, stages.requantize),
           stage(layer.num_units * Tasks(layer.hidden_size, layer.output_chunk), stages.output),
           stage(tokens * Tasks(layer.hidden_size, kCombineChunk), stages.combine),
@@ -149,9 +150,10 @@ void RunCombine(Layer layer, const Stages& stages, int64_t threads, const Schedu
   layer.rounding = Rounding::kFloat32;
   const int64_t additions = layer.tokens * layer.top_k * layer.hidden_size;
   threads = std::max<int64_t>(1, std::min(threads, additions / kWorthSharing));
-  RunStages({{layer.tokens * Tasks(layer.hidden_size, kCombineChunk),
-              [layer, run = stages.combine](int64_t task, void* scratch) { run(layer, task, scratch); }}},
-            threads - 1, schedule);
+  RunStages(
+      {{layer.tokens * Tasks(layer.hidden_size, kCombineChunk),
+        [layer, run = stages.combine](int64_t task, void* scratch) { run(layer, task, scratch); }}},
+      threads - 1, schedule);
 }
 
 }  // namespace jax_nvfp4_moe::cpu

@@ -36,7 +36,8 @@ INLINE Floats LoadHalves(const uint16_t* from) {
 INLINE void Widen(const Codes& x, Narrow* to) {
   static constexpr int kPlace[kBlock] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
   float values[kBlock];
-  for (int64_t i = 0; i < kBlock; ++i) values[i] = (x.shifted[kPlace[i]] - 12) * (x.scale * 0x1p-7f);
+  for (int64_t i = 0; i < kBlock; ++i)
+    values[i] = (x.shifted[kPlace[i]] - 12) * (x.scale * 0x1p-7f);
   for (int64_t i = 0; i < kBlock; i += kWidth) StoreHalves(to->value + i, Load(values + i));
 }
 
@@ -115,7 +116,8 @@ INLINE void MultiplyTokens(const Rows& rows, const Operands& operands, const int
       const bool narrow = operands.form == Form::kNarrow;
       const Narrow* blocks[kTaskTokens];
       for (int64_t t = 0; t < num_tokens; ++t) {
-        blocks[t] = RowOf<const Narrow>(narrow ? operands.blocks : operands.tiles, tokens[t], columns);
+        blocks[t] =
+            RowOf<const Narrow>(narrow ? operands.blocks : operands.tiles, tokens[t], columns);
       }
       return Engine::kMultiplyByTiles(rows, blocks, num_tokens, scratch->sums, stride, scratch);
     }
@@ -205,9 +207,10 @@ INLINE void Output(const Layer& layer, int64_t task, Scratch* scratch) {
   const float weight_scale = layer.global_scale2[unit.expert];
   for (int64_t t = 0; t < unit.tokens; ++t) {
     const int64_t place = unit.first + t;
-    const float scale = layer.scheme == Scheme::kStatic     ? weight_scale * layer.hidden_scale
-                        : layer.scheme == Scheme::kPerToken ? weight_scale * layer.hidden_global[place]
-                                                            : weight_scale;
+    const float scale = layer.scheme == Scheme::kStatic ? weight_scale * layer.hidden_scale
+                        : layer.scheme == Scheme::kPerToken
+                            ? weight_scale * layer.hidden_global[place]
+                            : weight_scale;
     for (int64_t i = 0; i < count; i += kWidth) {
       Floats row = Load(scratch->sums + t * count + i) * scale;
       if (layer.bias2 != nullptr) row += Load(layer.bias2 + unit.expert * columns + first + i);

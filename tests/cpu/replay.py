@@ -1,9 +1,9 @@
 """Records calls of the CPU kernels, and checks what `replay` made of them elsewhere.
 
-    python -m tests.cpu.replay record DIRECTORY
-    python -m tests.cpu.replay build DIRECTORY/replay
-    DIRECTORY/replay avx512 DIRECTORY/*.call > avx512.txt     # there
-    python -m tests.cpu.replay check DIRECTORY avx512.txt
+python -m tests.cpu.replay record DIRECTORY
+python -m tests.cpu.replay build DIRECTORY/replay
+DIRECTORY/replay avx512 DIRECTORY/*.call > avx512.txt     # there
+python -m tests.cpu.replay check avx512.txt
 """
 
 import json
@@ -103,40 +103,56 @@ def build(program, compiler, flags, levels):
     subprocess.run([*common, source, *rest, *objects, "-o", str(program)], check=True)
 
 
-@main.command()
-@click.argument("output", type=click.File())
-@click.option("--report", type=click.Path(path_type=Path), help="Also write the figures here.")
-def check(output, report):
-    """Holds results to the float64 oracle, ties followed, and to the emulation."""
-    lines = [line.split() for line in output if line.startswith("result ")]
+def read(path):
+    """The results that `replay` printed, in the order of CASES."""
+    lines = [line.split() for line in path.open() if line.startswith("result ")]
     results = {int(name.split(".")[0]): bytes.fromhex(data) for _, name, data in lines}
     missing = sorted(set(range(len(CASES))) - set(results))
     if missing:
-        raise click.ClickException(f"{len(missing)} of {len(CASES)} calls are missing: {missing}")
-    figures = []
+        raise click.ClickException(f"{path} lacks {len(missing)} of {len(CASES)} calls: {missing}")
+    return [np.frombuffer(results[n], ">u4").astype(np.uint32) for n in range(len(CASES))]
+
+
+def figures(got, want, emulated):
+    return {
+        "ties": conformance.check(got, want),
+        "oracle": float(f"{oracle.relative_l2(got, want.out):.2e}"),
+        "emulation": float(f"{oracle.relative_l2(got, emulated):.2e}"),
+        "differing": round(float((got != emulated).mean()), 4),
+    }
+
+
+def summary(name, found):
+    lines = []
+    for what in ("oracle", "emulation"):
+        values = np.array([each[what] for each in found])
+        lines.append(f"to the {what} median {np.median(values):.1e}, largest {values.max():.1e}")
+    flipped = sum(each["emulation"] > 1e-5 for each in found)
+    followed = sum(each["ties"] for each in found)
+    lines.append(f"{flipped} of {len(found)} rounded a tie unlike the emulation")
+    return f"{name}: relative L2 {'; '.join(lines)}; {followed} ties followed"
+
+
+@main.command()
+@click.argument("outputs", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
+@click.option("--report", type=click.Path(path_type=Path), help="A directory for the figures.")
+def check(outputs, report):
+    """Holds results to the float64 oracle, ties followed, and to the emulation."""
+    results = {path.stem: read(path) for path in outputs}
+    found = {name: [] for name in results}
     for number, (case, layout) in enumerate(track(CASES, "Checking")):
         layer = layer_of(case)
-        got = np.frombuffer(results[number], ">u4").astype(np.uint32).view(np.float32)
-        got = got.reshape(layer.x.shape)
-        want = conformance.reference(layer)
-        emulated = conformance.run(layer, "emulation")
-        figures.append(
-            {
-                "case": str(case),
-                "layout": layout,
-                "ties": conformance.check(got, want),
-                "oracle": float(oracle.relative_l2(got, want.out)),
-                "emulation": float(oracle.relative_l2(got, emulated)),
-                "differing": float((got != emulated).mean()),
-            }
-        )
-    for what in ("oracle", "emulation"):
-        values = sorted(each[what] for each in figures)
-        print(f"relative L2 to {what}: median {np.median(values):.1e}, largest {values[-1]:.1e}")
-    flipped = [each for each in figures if each["emulation"] > 1e-5]
-    print(f"{len(figures)} calls, {len(flipped)} with a tie rounded unlike the emulation")
-    if report:
-        report.write_text("".join(json.dumps(each) + "\n" for each in figures))
+        want, emulated = conformance.reference(layer), conformance.run(layer, "emulation")
+        for name, arrays in results.items():
+            got = arrays[number].view(np.float32).reshape(layer.x.shape)
+            line = {"case": str(case), "layout": layout, **figures(got, want, emulated)}
+            found[name].append(line)
+    for name, lines in found.items():
+        print(summary(name, lines))
+        if report:
+            report.mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (report / f"{name}.jsonl").write_text(text)
 
 
 if __name__ == "__main__":
