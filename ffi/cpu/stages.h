@@ -1,4 +1,4 @@
-// The stages of a call, for the two engines of an instruction set.
+// The stages of a call, for the engines of an instruction set.
 
 #ifndef JAX_NVFP4_MOE_CPU_STAGES_H_
 #define JAX_NVFP4_MOE_CPU_STAGES_H_
@@ -59,7 +59,7 @@ struct Operands {
     if (tiles != nullptr) Widen(*codes, tiles + block);
   }
 
-  // `count` elements of a vector, which begins with element `at`.
+  // A vector that begins with element `at`.
   INLINE void Plain(int64_t at, const Floats& x) const {
     if (form == Form::kNarrow) {
       StoreHalves(static_cast<uint16_t*>(blocks) + at, x);
