@@ -68,9 +68,7 @@ def test_the_vllm_preset_is_left_to_the_emulation(rng):
 def test_levels_that_are_not_there(monkeypatch, rng):
     layer = make_layer(Case(), rng)
     monkeypatch.setattr(library, "cpu_levels", lambda: {"avx512": False, "avx2": True})
-    with pytest.raises(
-        NotImplementedError, match="'avx512': this machine lacks it"
-    ):
+    with pytest.raises(NotImplementedError, match="'avx512': this machine lacks it"):
         run(layer, nvm.Cpu("avx512"))
     with pytest.raises(NotImplementedError, match="level 'amx': not compiled in; there are avx2"):
         run(layer, nvm.Cpu("amx"))
