@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from jax_nvfp4_moe._messages import described
+from jax_nvfp4_moe.format import clamp
 
 # The parameters each activation has, with their defaults. `swiglu_oai` is gpt-oss's:
 # modeling_gpt_oss.py of Hugging Face transformers.
@@ -130,10 +131,8 @@ def activate(
 
     gate, up = jnp.split(c1, 2, axis=-1)
     if activation.limit is not None and activation.limit < math.inf:
-        # Selected, not clipped: XLA:CPU's vectors of minima lose NaNs.
-        limit = jnp.float32(activation.limit)
-        gate = jnp.where(gate > limit, limit, gate)
-        up = jnp.where(up > limit, limit, jnp.where(up < -limit, -limit, up))
+        gate = clamp(gate, -math.inf, activation.limit)
+        up = clamp(up, -activation.limit, activation.limit)
     bent = rounded(_bend(gate, activation))
     if activation.beta is not None:
         up = up + activation.beta

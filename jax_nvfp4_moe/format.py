@@ -109,14 +109,17 @@ def clamp(x: Float32[Array, "*shape"], low: float, high: float) -> Float32[Array
     return jnp.where(x < low, jnp.float32(low), jnp.where(x > high, jnp.float32(high), x))
 
 
-def largest_magnitude(x: Float32[Array, "*rows K"]) -> Float32[Array, "*rows"]:
-    """The largest |x| along the last axis, NaN if there is one.
+def largest_magnitude(
+    x: Float32[Array, "..."], axis: int | tuple[int, ...] | None = -1, *, keepdims: bool = False
+) -> Float32[Array, "..."]:
+    """The largest |x| along an axis or several, None meaning all; NaN if there is one.
 
     As integers: the bits of a NaN are above those of every other magnitude. XLA:CPU's maximum of
     floats along an axis drops NaNs in some shapes (jaxlib 0.10.2).
     """
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
-    return lax.bitcast_convert_type(jnp.max(bits, axis=-1, initial=0), jnp.float32)
+    most = jnp.max(bits, axis=axis, initial=0, keepdims=keepdims)
+    return lax.bitcast_convert_type(most, jnp.float32)
 
 
 def e2m1_codes(x: Float32[Array, "*shape"]) -> UInt8[Array, "*shape"]:
@@ -410,7 +413,7 @@ def _quantize(x: Array, global_scale: Array | None, leading: int) -> Nvfp4Array:
     x = x.astype(jnp.float32)
     if global_scale is None:
         axes = tuple(range(leading, x.ndim))
-        global_scale = scale_for(jnp.max(jnp.abs(x), axis=axes, initial=0.0))
+        global_scale = scale_for(largest_magnitude(x, axes))
     gain = reciprocal(expand_global_scale(global_scale, x.shape[:-1]))
     codes, scale = quantize_blocks(x, gain)
     return Nvfp4Array(pack_codes(codes), scale.astype(jnp.float8_e4m3fn), global_scale)

@@ -136,6 +136,14 @@ CASES = _unique(
     Case(top_k=1, method="llama4", on_input=True, scheme="none", dtype="float16"),
 )
 
+# What is run in the kernels' layouts too.
+LAYOUT_CASES = (
+    Case(tokens=2),
+    Case(tokens=40, activation="relu2", scheme="per_token"),
+    case(5, 4, 2, 192, 48, scheme="none"),
+    case(40, 4, 2, 192, 48),
+)
+
 # The rest of the matrix, under the marker `slow`.
 SLOW_CASES = tuple(
     case

@@ -13,6 +13,7 @@ from tests import conformance, oracle
 from tests.conformance import (
     CASES,
     IMPLEMENTATIONS,
+    LAYOUT_CASES,
     SLOW_CASES,
     Case,
     check,
@@ -37,16 +38,7 @@ def test_matches_float64(case, implementation, rng, record_property):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("target", ["trtllm", "cute_dsl"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(tokens=2),
-        Case(tokens=40, activation="relu2", scheme="per_token"),
-        conformance.case(5, 4, 2, 192, 48, scheme="none"),
-        conformance.case(40, 4, 2, 192, 48),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
 def test_every_layout_gives_the_same_bits(case, target, implementation, rng):
     layer = make_layer(case, rng)
     prepared = nvm.prepare(layer.experts, target)

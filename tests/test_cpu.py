@@ -13,12 +13,10 @@ from jax.sharding import AxisType
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe import parallel
 from jax_nvfp4_moe.bridge import library
-from jax_nvfp4_moe.implementations import cpu
-from jax_nvfp4_moe.implementations._recipes import Recipe
-from jax_nvfp4_moe.implementations.base import Call
 from jax_nvfp4_moe.implementations.cpu import LEVELS
 from tests import oracle
 from tests.conformance import Case, make_layer, run
+from tests.cpu.replay import recorded_call
 
 pytestmark = pytest.mark.skipif(
     library.unavailable() is not None, reason="needs the package's library, hence a C++ compiler"
@@ -248,16 +246,13 @@ def test_gradients_are_the_emulations(rng):
 def call_with(rng, operands=None, **changed):
     """The custom call as nobody should make it: what the library itself refuses."""
     layer = make_layer(Case(tokens=3), rng)
-    call = Call(layer.activation, "kernel", jnp.dtype("float32"), None, False)
-    x, ids, weights, experts = arguments(layer)
-    recipe = Recipe(call, "static", x.dtype)
-    arrays = list(cpu.operands(recipe, x.astype(jnp.float32), ids, weights, experts))
+    attributes, arrays = recorded_call(layer, layer.experts)
     for index, array in (operands or {}).items():
-        arrays[index] = jnp.asarray(array)
-    options = {"level": "", **cpu.attributes(recipe, experts), **changed}
+        arrays[index] = array
+    options = {"level": "", **attributes, **changed}
     library.register_cpu_targets()
-    result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    return jax.ffi.ffi_call(library.CPU_LAYER, result)(*arrays, **options)
+    result = jax.ShapeDtypeStruct(layer.x.shape, jnp.float32)
+    return jax.ffi.ffi_call(library.CPU_LAYER, result)(*map(jnp.asarray, arrays), **options)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@
 // topk_weights f32 [T, K]. Result: f32 [T, H]. Attributes: level, weighted.
 
 #include <algorithm>
-#include <cmath>
+#include <exception>
+#include <functional>
 #include <new>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "../failure.h"
 #include "level.h"
@@ -92,6 +94,24 @@ const Stages& StagesOf(std::string_view name) {
   return *level->stages;
 }
 
+// What was thrown, as XLA has it.
+ffi::Error Caught() {
+  try {
+    throw;
+  } catch (const Failure& failure) {
+    return ffi::Error(failure.code(), failure.what());
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ErrorCode::kResourceExhausted,
+                      "no memory for the layer's intermediate values");
+  } catch (const std::exception& error) {
+    return ffi::Error(ErrorCode::kInternal, error.what());
+  }
+}
+
+Schedule On(ffi::ThreadPool& pool) {
+  return [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); };
+}
+
 ffi::Error Compute(ffi::ThreadPool pool, Floats x, Integers topk_ids, Floats topk_weights,
                    Bytes codes13, Scales scales13, Integers order13, Floats global13, Floats bias13,
                    Bytes codes2, Scales scales2, Integers order2, Floats global2, Floats bias2,
@@ -142,13 +162,10 @@ ffi::Error Compute(ffi::ThreadPool pool, Floats x, Integers topk_ids, Floats top
                  (layer.summed ? layer.tokens : pairs) * layer.hidden_size,
          "sizes do not fit");
 
-  const auto schedule = [&](std::function<void()> task) { pool.Schedule(std::move(task)); };
-  Run(layer, StagesOf(level), pool.num_threads(), schedule);
+  Run(layer, StagesOf(level), pool.num_threads(), On(pool));
   return ffi::Error::Success();
-} catch (const Failure& failure) {
-  return ffi::Error(failure.code(), failure.what());
-} catch (const std::bad_alloc&) {
-  return ffi::Error(ErrorCode::kResourceExhausted, "no memory for the layer's intermediate values");
+} catch (...) {
+  return Caught();
 }
 
 ffi::Error Combine(ffi::ThreadPool pool, Floats rows, Floats topk_weights,
@@ -166,13 +183,10 @@ ffi::Error Combine(ffi::ThreadPool pool, Floats rows, Floats topk_weights,
              static_cast<int64_t>(topk_weights.element_count()) == layer.tokens * layer.top_k &&
              static_cast<int64_t>(result->element_count()) == layer.tokens * layer.hidden_size,
          "sizes do not fit");
-  const auto schedule = [&](std::function<void()> task) { pool.Schedule(std::move(task)); };
-  RunCombine(layer, StagesOf(level), pool.num_threads(), schedule);
+  RunCombine(layer, StagesOf(level), pool.num_threads(), On(pool));
   return ffi::Error::Success();
-} catch (const Failure& failure) {
-  return ffi::Error(failure.code(), failure.what());
-} catch (const std::bad_alloc&) {
-  return ffi::Error(ErrorCode::kResourceExhausted, "no memory for the layer's intermediate values");
+} catch (...) {
+  return Caught();
 }
 
 }  // namespace

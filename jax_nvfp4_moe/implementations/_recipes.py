@@ -158,7 +158,7 @@ class Recipe:
         if self.scheme == "none":
             return Rows(x[..., 0::2], x[..., 1::2], None, None)
         if self.scheme == "per_token":
-            scale = lax.optimization_barrier(scale_for(largest_magnitude(x)[..., None]))
+            scale = lax.optimization_barrier(scale_for(largest_magnitude(x, keepdims=True)))
         assert scale is not None  # check_experts
         rows = self.quantize_at(x, reciprocal(scale))
         if self.call.numerics == "vllm":

@@ -9,7 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
-#include <iostream>
+#include <functional>
 #include <map>
 #include <sstream>
 #include <stdexcept>

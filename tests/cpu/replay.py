@@ -33,15 +33,9 @@ FLAGS["avx512_bf16"] = [*FLAGS["avx512_vnni"], "-mavx512bf16"]
 FLAGS["amx"] = [*FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 
 # Every case of the suite, and the layouts whose rows are stored elsewhere.
-LAYOUT_CASES = (
-    conformance.Case(tokens=2),
-    conformance.Case(tokens=40, activation="relu2", scheme="per_token"),
-    conformance.case(5, 4, 2, 192, 48, scheme="none"),
-    conformance.case(40, 4, 2, 192, 48),
-)
 CASES = (
     *((case, "linear") for case in (*conformance.CASES, *conformance.SLOW_CASES)),
-    *((case, layout) for case in LAYOUT_CASES for layout in ("trtllm", "cute_dsl")),
+    *((case, layout) for case in conformance.LAYOUT_CASES for layout in ("trtllm", "cute_dsl")),
 )
 
 
