@@ -19,6 +19,7 @@ from jax_nvfp4_moe.format import quantize as quantize
 from jax_nvfp4_moe.format import unpack as unpack
 from jax_nvfp4_moe.implementations.cpu import Cpu as Cpu
 from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl as CuteDsl
+from jax_nvfp4_moe.implementations.triton import Triton as Triton
 from jax_nvfp4_moe.layer import Mlp as Mlp
 from jax_nvfp4_moe.layer import MoeLayer as MoeLayer
 from jax_nvfp4_moe.layer import Router as Router

@@ -124,25 +124,46 @@ def activate(
       ValueError: `c1` has no axis, or an odd last one and a gate.
     """
     _check_c1(c1, activation)
+    parts = tuple(jnp.split(c1, 2, axis=-1)) if activation.gated else (c1,)
+    return activate_parts(parts, activation, round_to=round_to)
+
+
+def activate_parts(
+    parts: tuple[Float32[Array, "*batch I"], ...],
+    activation: Activation,
+    *,
+    round_to: Callable[[Array], Array] | None = None,
+    erf: Callable[[Array], Array] = jax.lax.erf,
+) -> Float32[Array, "*batch I"]:
+    """`activate`, with gate and up apart.
+
+    Args:
+      parts: gate and up; up alone if not gated.
+      activation: which.
+      round_to: as in `activate`.
+      erf: the error function, for kernels whose language has none.
+    """
     rounded = round_to or (lambda x: x)
     if not activation.gated:
-        positive = jax.nn.relu(c1)
+        positive = jax.nn.relu(parts[0])
         return rounded(positive * positive)
 
-    gate, up = jnp.split(c1, 2, axis=-1)
+    gate, up = parts
     if activation.limit is not None and activation.limit < math.inf:
         gate = clamp(gate, -math.inf, activation.limit)
         up = clamp(up, -activation.limit, activation.limit)
-    bent = rounded(_bend(gate, activation))
+    bent = rounded(_bend(gate, activation, erf))
     if activation.beta is not None:
         up = up + activation.beta
     return rounded(bent * up)
 
 
-def _bend(gate: Float32[Array, "*batch I"], activation: Activation) -> Float32[Array, "*batch I"]:
+def _bend(
+    gate: Float32[Array, "*batch I"], activation: Activation, erf: Callable[[Array], Array]
+) -> Float32[Array, "*batch I"]:
     match activation.name:
         case "gelu":
-            return gate * 0.5 * (1 + jax.lax.erf(gate * math.sqrt(0.5)))
+            return gate * 0.5 * (1 + erf(gate * math.sqrt(0.5)))
         case "gelu_tanh":
             # Beyond 10 the tanh is flat, exactly 1: the bound keeps the cube from overflow, whose
             # derivative would be 0 * inf.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
@@ -48,6 +49,17 @@ def prepare(experts: ExpertWeights, implementation: str) -> ExpertWeights:
     if layout == experts.layout:
         return experts
     return _from_linear(_to_linear(experts), layout)
+
+
+def row_orders(experts: ExpertWeights) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Where each logical row of w13 and of w2 is stored; None where that is its own place."""
+    if experts.layout == "linear":
+        return None, None
+    hidden, intermediate = padded_sizes(experts, experts.layout)
+    stored = layouts.w13_row_order(experts.layout, intermediate, gated=experts.gated)
+    groups = layouts.inverse_order(stored).reshape(-1, intermediate)
+    w2 = layouts.inverse_order(layouts.w2_row_order(experts.layout, hidden))
+    return groups[:, : experts.intermediate_size].reshape(-1), w2[: experts.hidden_size]
 
 
 @functools.partial(jax.jit, static_argnames="layout")

@@ -1,10 +1,36 @@
 """Which device a trace is for."""
 
+import re
+
 import jax
 
 # NVIDIA's compute capabilities of the GPUs that a native path serves, by what their names contain,
 # lower case: GB200 and GB300 too (developer.nvidia.com/cuda-gpus).
 _CAPABILITIES = {"b100": "10.0", "b200": "10.0", "b300": "10.3"}
+
+# Words in the names of older NVIDIA GPUs that JAX still runs on, of compute capability 5.0 to 7.5,
+# the first whose tensor cores have bfloat16 being 8.0.
+_BEFORE_SM80 = frozenset(
+    [
+        "gtx",
+        "titan",
+        "quadro",
+        "v100",
+        "p100",
+        "m40",
+        "m60",
+        "p4",
+        "p40",
+        "t4",
+        "t1000",
+        "2060",
+        "2070",
+        "2080",
+        "mx150",
+        "mx250",
+        "mx450",
+    ]
+)
 
 
 def current_kind() -> str:
@@ -26,3 +52,8 @@ def capability(kind: str) -> str | None:
     """The compute capability of a Blackwell datacenter GPU, "10.0" or "10.3"; else None."""
     found = (number for name, number in _CAPABILITIES.items() if name in kind.lower())
     return next(found, None)
+
+
+def predates_sm80(kind: str) -> bool:
+    """Whether an NVIDIA GPU is one of those known to be older than compute capability 8.0."""
+    return not _BEFORE_SM80.isdisjoint(re.split(r"[^a-z0-9]+", kind.lower()))

@@ -12,6 +12,7 @@ on a CPU sees nothing wrong. What is written here survives both compilers and gi
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -276,7 +277,11 @@ def unpack(data: UInt8[Array, "*rows K/2"]) -> Float[Array, "*rows K"]:
 
 
 def quantize_blocks(
-    x: Float32[Array, "*rows K"], encode_scale: Float32[Array, "*#rows"]
+    x: Float32[Array, "*rows K"],
+    encode_scale: Float32[Array, "*#rows"],
+    *,
+    round_scale: Callable[[Array, Any], Array] = round_to,
+    divide: Callable[[Array, Array], Array] = exact_divide,
 ) -> tuple[UInt8[Array, "*rows K"], Float32[Array, "*rows K/16"]]:
     """Quantises float32 rows at given encode scales: E2M1 codes and E4M3 block scales.
 
@@ -291,6 +296,9 @@ def quantize_blocks(
     Args:
         x: values.
         encode_scale: 1 / global_scale, broadcast against x's leading axes.
+        round_scale: `round_to`, or what computes the same bits in a kernel whose language lacks
+            what that is made of.
+        divide: `exact_divide`, or likewise.
 
     Returns:
         uint8 codes 0..15, not packed, and the block scales as float32.
@@ -300,10 +308,10 @@ def quantize_blocks(
     # constant into a scalar gain first, which moves ties (jaxlib 0.10.2 does).
     amax_sixth = largest_magnitude(blocks * jnp.float32(_ONE_SIXTH))
     gain = jnp.broadcast_to(encode_scale, x.shape[:-1])[..., None]
-    scale = round_to(gain * amax_sixth, jnp.float8_e4m3fn)
+    scale = round_scale(gain * amax_sixth, jnp.float8_e4m3fn)
     # Where the scale is zero any divisor serves: what is too small for a scale is too for a code.
     step = jnp.where(scale == 0, 1.0, scale)
-    inverse = clamp(exact_divide(jnp.broadcast_to(gain, step.shape), step), 0.0, _FLOAT32_MAX)
+    inverse = clamp(divide(jnp.broadcast_to(gain, step.shape), step), 0.0, _FLOAT32_MAX)
     return e2m1_codes(blocks * inverse[..., None]).reshape(x.shape), scale
 
 

@@ -20,6 +20,7 @@ from jax_nvfp4_moe.experts import ExpertWeights, check_experts
 from jax_nvfp4_moe.implementations.base import Numerics
 from jax_nvfp4_moe.implementations.cpu import Cpu
 from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl
+from jax_nvfp4_moe.implementations.triton import Triton
 from jax_nvfp4_moe.moe import nvfp4_moe_routed
 from jax_nvfp4_moe.routing import Routing, check_fits, route
 
@@ -137,7 +138,7 @@ class MoeLayer:
         x: Float[Array, "*batch H"],
         *,
         router_input: Float[Array, "*batch H"] | None = None,
-        implementation: str | Cpu | CuteDsl | None = None,
+        implementation: str | Cpu | CuteDsl | Triton | None = None,
         output_dtype: Any = None,
         axis_name: str | None = None,
         numerics: Numerics = "kernel",

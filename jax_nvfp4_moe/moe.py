@@ -32,6 +32,7 @@ from jax_nvfp4_moe.implementations import _gradient
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
 from jax_nvfp4_moe.implementations.cpu import Cpu
 from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl
+from jax_nvfp4_moe.implementations.triton import Triton
 from jax_nvfp4_moe.routing import Routing, check_routable, route
 
 
@@ -43,7 +44,7 @@ def nvfp4_moe(
     *,
     bias: Float[Array, " E"] | None = None,
     activation: str | Activation = "silu",
-    implementation: str | Cpu | CuteDsl | None = None,
+    implementation: str | Cpu | CuteDsl | Triton | None = None,
     output_dtype: Any = None,
     axis_name: str | None = None,
     numerics: Numerics = "kernel",
@@ -123,7 +124,7 @@ def nvfp4_moe_routed(
     experts: ExpertWeights,
     *,
     activation: str | Activation = "silu",
-    implementation: str | Cpu | CuteDsl | None = None,
+    implementation: str | Cpu | CuteDsl | Triton | None = None,
     output_dtype: Any = None,
     axis_name: str | None = None,
     numerics: Numerics = "kernel",
@@ -144,7 +145,7 @@ def nvfp4_moe_routed(
         activation: "silu", "gelu", "gelu_tanh" or "swiglu_oai" for gated experts, "relu2" for
             others; or an `Activation` with parameters.
         implementation: None chooses; a name ("trtllm", "cute_dsl", "triton", "cpu", "emulation")
-            insists, as does a `CuteDsl` or a `Cpu` with options.
+            insists, as does a `CuteDsl`, `Cpu` or `Triton` with options.
         output_dtype: bfloat16, float16 or float32; None means x's.
         axis_name: the mesh axis over which the experts are split, inside `jax.shard_map`: device i
             holds experts ``i*E/n .. (i+1)*E/n - 1``, ids remain those of the whole layer, and every

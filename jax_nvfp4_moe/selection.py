@@ -15,27 +15,26 @@ from jax_nvfp4_moe.implementations import emulation, trtllm
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
 from jax_nvfp4_moe.implementations.cpu import Cpu
 from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl
+from jax_nvfp4_moe.implementations.triton import Triton
 from jax_nvfp4_moe.routing import Routing, check_fits
 
-# In order of preference. None marks a name of the contract that this version does not carry.
-IMPLEMENTATIONS: MappingProxyType[str, Implementation | None] = MappingProxyType(
+# In order of preference.
+IMPLEMENTATIONS: MappingProxyType[str, Implementation] = MappingProxyType(
     {
         "trtllm": trtllm,
         "cute_dsl": CuteDsl(),
-        "triton": None,
+        "triton": Triton(),
         "cpu": Cpu(),
         "emulation": emulation,
     }
 )
-
-_NOT_INCLUDED = "this version of jax_nvfp4_moe does not include it"
 
 # Devices that an implementation needs, by what their device_kind contains, lower case.
 _NEEDS = MappingProxyType(
     {
         "trtllm": ("an SM100 or SM103 GPU", ("b200", "b300")),  # GB200 and GB300 too
         "cute_dsl": ("an SM100 or SM103 GPU", ("b200", "b300")),
-        "triton": ("an NVIDIA GPU", ("nvidia", "tesla")),
+        "triton": ("an NVIDIA GPU", ("nvidia", "tesla", "quadro")),
         "cpu": ("a CPU", ("cpu",)),
         "emulation": ("any device", ("",)),
     }
@@ -82,7 +81,7 @@ class Report:
         return "\n".join(lines)
 
 
-def select(implementation: str | Cpu | CuteDsl | None, problem: Problem) -> Implementation:
+def select(implementation: str | Cpu | CuteDsl | Triton | None, problem: Problem) -> Implementation:
     """The implementation of a call.
 
     Args:
@@ -98,13 +97,13 @@ def select(implementation: str | Cpu | CuteDsl | None, problem: Problem) -> Impl
     hint = "None chooses one that can"
     if implementation is None:
         implementation, hint = _first(dataclasses.replace(problem, routing=None)), ""
-    if isinstance(implementation, Cpu | CuteDsl):
+    if isinstance(implementation, Cpu | CuteDsl | Triton):
         name, module = implementation.name, implementation
     else:
         check_name("implementation", implementation, IMPLEMENTATIONS, "None or ")
         name, module = implementation, IMPLEMENTATIONS[implementation]
     reason = _refusal(name, module, problem)
-    if module is None or reason is not None:
+    if reason is not None:
         explained = f"implementation {implementation!r}: {reason}"
         raise NotImplementedError("; ".join(filter(None, (explained, hint))))
     return module
@@ -118,11 +117,12 @@ def _first(problem: Problem) -> str:
     raise ValueError(refusals["emulation"])
 
 
-def _refusal(name: str, module: Implementation | None, problem: Problem) -> str | None:
+def _refusal(name: str, module: Implementation, problem: Problem) -> str | None:
     what, kinds = _NEEDS[name]
-    if not any(kind in problem.device_kind.lower() for kind in kinds):
+    anywhere = isinstance(module, Triton) and module.interpret
+    if not anywhere and not any(kind in problem.device_kind.lower() for kind in kinds):
         return f"it needs {what}, and this is {problem.device_kind}"
-    return _NOT_INCLUDED if module is None else module.unsupported(problem)
+    return module.unsupported(problem)
 
 
 def explain(
@@ -187,7 +187,7 @@ def explain(
     choices = []
     for name, module in IMPLEMENTATIONS.items():
         refusal = _refusal(name, module, problem)
-        if module is not None and module is chosen:
+        if module is chosen:
             choices.append(Choice(name, True, module.describe(problem)))
         else:
             choices.append(Choice(name, False, refusal or "an earlier one serves the call"))

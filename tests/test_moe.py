@@ -389,10 +389,21 @@ def test_router_weight_on_input_needs_one_expert(rng):
         nvm.nvfp4_moe_routed(*arrays(layer), layer.experts, router_weight_on_input=True)
 
 
+ABSENT = "not today"
+
+
+def fake(name, refusal=None):
+    return types.SimpleNamespace(
+        name=name,
+        unsupported=lambda problem: refusal,
+        describe=lambda problem: f"{problem.tokens} tokens, {problem.call.activation.name}",
+    )
+
+
 @pytest.fixture
 def only_emulation(monkeypatch):
     """A package that carries nothing but the emulation."""
-    found = dict.fromkeys(selection.IMPLEMENTATIONS)
+    found = {name: fake(name, ABSENT) for name in selection.IMPLEMENTATIONS}
     found["emulation"] = selection.IMPLEMENTATIONS["emulation"]
     monkeypatch.setattr(selection, "IMPLEMENTATIONS", types.MappingProxyType(found))
 
@@ -405,7 +416,7 @@ def test_named_implementations(only_emulation, rng):
         "trtllm": "it needs an SM100 or SM103 GPU, and this is cpu",
         "cute_dsl": "it needs an SM100 or SM103 GPU, and this is cpu",
         "triton": "it needs an NVIDIA GPU, and this is cpu",
-        "cpu": "this version of jax_nvfp4_moe does not include it",
+        "cpu": ABSENT,
     }
     tail = "; None chooses one that can"
     for name, reason in reasons.items():
@@ -462,15 +473,14 @@ def test_explain(kind, only_emulation):
     assert [c.name for c in report.choices] == ["trtllm", "cute_dsl", "triton", "cpu", "emulation"]
     assert [c.name for c in report.choices if c.used] == ["emulation"]
     reasons = {c.name: c.reason for c in report.choices}
-    absent = "this version of jax_nvfp4_moe does not include it"
 
     def needs(what):
         return f"it needs {what}, and this is {kind}"
 
-    blackwell = absent if kind in BLACKWELL else needs("an SM100 or SM103 GPU")
+    blackwell = ABSENT if kind in BLACKWELL else needs("an SM100 or SM103 GPU")
     assert reasons["trtllm"] == reasons["cute_dsl"] == blackwell
-    assert reasons["triton"] == (absent if "NVIDIA" in kind else needs("an NVIDIA GPU"))
-    assert reasons["cpu"] == (absent if kind == "cpu" else needs("a CPU"))
+    assert reasons["triton"] == (ABSENT if "NVIDIA" in kind else needs("an NVIDIA GPU"))
+    assert reasons["cpu"] == (ABSENT if kind == "cpu" else needs("a CPU"))
     assert reasons["emulation"].startswith("grouped, tiles of 32 rows; reads about 0.0 MB")
     lines = str(report).splitlines()
     assert lines[0] == f"NVFP4 MoE on {kind}:"
@@ -493,16 +503,9 @@ def test_explain_says_which_formulation():
 
 
 def test_the_first_that_can_serve_is_used(monkeypatch, rng):
-    def fake(name, refusal=None):
-        return types.SimpleNamespace(
-            name=name,
-            unsupported=lambda problem: refusal,
-            describe=lambda problem: f"{problem.tokens} tokens, {problem.call.activation.name}",
-        )
-
     found = dict(selection.IMPLEMENTATIONS)
     found |= {"trtllm": fake("trtllm", "H is odd"), "cute_dsl": fake("cute_dsl")}
-    found |= {"triton": fake("triton"), "cpu": None}
+    found |= {"triton": fake("triton"), "cpu": fake("cpu")}
     monkeypatch.setattr(selection, "IMPLEMENTATIONS", types.MappingProxyType(found))
     report = nvm.explain(
         abstract_experts(), nvm.Routing("topk", 2), tokens=5, device_kind="NVIDIA B200"

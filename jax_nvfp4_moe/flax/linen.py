@@ -18,6 +18,7 @@ from jax_nvfp4_moe.flax._initial import abstract_layer, initial_layer
 from jax_nvfp4_moe.implementations.base import Numerics
 from jax_nvfp4_moe.implementations.cpu import Cpu
 from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl
+from jax_nvfp4_moe.implementations.triton import Triton
 from jax_nvfp4_moe.layer import MoeLayer, check_layer
 from jax_nvfp4_moe.routing import Routing
 
@@ -83,7 +84,7 @@ class Nvfp4MoE(_common.FromWeights, nn.Module):
     selection_bias: bool = False
     router_weight_on_input: bool = False
     param_dtype: Any = jnp.bfloat16
-    implementation: str | Cpu | CuteDsl | None = None
+    implementation: str | Cpu | CuteDsl | Triton | None = None
     numerics: Numerics = "kernel"
     mesh: Mesh | None = None
     expert_axis: str | None = None

@@ -15,6 +15,7 @@ from jax_nvfp4_moe.flax._initial import initial_layer
 from jax_nvfp4_moe.implementations.base import Numerics
 from jax_nvfp4_moe.implementations.cpu import Cpu
 from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl
+from jax_nvfp4_moe.implementations.triton import Triton
 from jax_nvfp4_moe.layer import MoeLayer, check_layer
 from jax_nvfp4_moe.routing import Routing
 
@@ -59,7 +60,7 @@ class Nvfp4MoE(_common.FromWeights, nnx.Module):
         selection_bias: bool = False,
         router_weight_on_input: bool = False,
         param_dtype: Any = jnp.bfloat16,
-        implementation: str | Cpu | CuteDsl | None = None,
+        implementation: str | Cpu | CuteDsl | Triton | None = None,
         numerics: Numerics = "kernel",
         mesh: Mesh | None = None,
         expert_axis: str | None = None,

@@ -23,6 +23,20 @@ class Tile(NamedTuple):
     live: Bool[Array, " M"]
 
 
+class Tiles(NamedTuple):
+    """All tiles.
+
+    Attributes:
+        expert: of each tile.
+        first: where each begins in the order of pairs sorted by expert.
+        live: how many rows are the expert's: the first ones; 0 for a tile that is not needed.
+    """
+
+    expert: Int32[Array, " tiles"]
+    first: Int32[Array, " tiles"]
+    live: Int32[Array, " tiles"]
+
+
 class Grouping(NamedTuple):
     """Pairs sorted by expert, cut into tiles that do not straddle two experts.
 
@@ -53,6 +67,17 @@ class Grouping(NamedTuple):
         first = self.first_pair[expert]
         pair = self.order[jnp.minimum(first + place, self.order.size - 1)]
         return Tile(expert, first + offset, pair, live)
+
+    def tiles(self, rows: int) -> "Tiles":
+        """All tiles of `rows` rows at once, as many as there can be."""
+        pairs, num_experts = self.order.size, self.pairs.size
+        index = _iota(min(pairs, num_experts) + pairs // rows)
+        expert = jnp.sum(self.last_tile[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
+        known = jnp.minimum(expert, num_experts - 1)
+        tiles_before = self.last_tile[known] - _tiles(self.pairs[known], rows)
+        offset = (index - tiles_before) * rows
+        live = jnp.where(expert < num_experts, jnp.minimum(self.pairs[known] - offset, rows), 0)
+        return Tiles(known, self.first_pair[known] + offset, live)
 
     def unsort(self, rows: Shaped[Array, "P+M H"]) -> Shaped[Array, "P H"]:
         """Rows in sorted order, brought back to the order of the pairs."""

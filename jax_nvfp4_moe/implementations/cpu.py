@@ -13,10 +13,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_nvfp4_moe import layouts
 from jax_nvfp4_moe._messages import check_name
+from jax_nvfp4_moe.arrangement import row_orders
 from jax_nvfp4_moe.bridge import library
-from jax_nvfp4_moe.experts import ExpertWeights, padded_sizes
+from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.format import Nvfp4Array, expand_global_scale, round_to
 from jax_nvfp4_moe.implementations import emulation
 from jax_nvfp4_moe.implementations._grouping import expected_hits
@@ -164,7 +164,9 @@ def operands(
     experts: ExpertWeights,
 ) -> tuple[Array, ...]:
     """What the kernel is given, in the order of `ffi/cpu/handler.cc`."""
-    order13, order2 = _row_orders(experts)
+    order13, order2 = (
+        np.zeros(0, np.int32) if order is None else order for order in row_orders(experts)
+    )
     return (
         values,
         ids,
@@ -200,14 +202,3 @@ def _matrix(weights: Nvfp4Array, order: np.ndarray, groups: tuple[int, ...]) -> 
 
 def _array_or(array: Array | None, otherwise: object) -> Float32[Array, "..."]:
     return jnp.asarray(otherwise if array is None else array, jnp.float32)
-
-
-def _row_orders(experts: ExpertWeights) -> tuple[np.ndarray, np.ndarray]:
-    """Where each logical row of w13 and of w2 is stored; empty where that is its own place."""
-    if experts.layout == "linear":
-        return np.zeros(0, np.int32), np.zeros(0, np.int32)
-    hidden, intermediate = padded_sizes(experts, experts.layout)
-    stored = layouts.w13_row_order(experts.layout, intermediate, gated=experts.gated)
-    groups = layouts.inverse_order(stored).reshape(-1, intermediate)
-    w2 = layouts.inverse_order(layouts.w2_row_order(experts.layout, hidden))
-    return groups[:, : experts.intermediate_size].reshape(-1), w2[: experts.hidden_size]

@@ -1,0 +1,93 @@
+"""What follows the products of a GEMM while they are in registers: the "kernel" preset's steps.
+
+Triton has no reduce_precision, no error function, and divides approximately. What it lacks is here,
+to the same bits.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float32
+
+from jax_nvfp4_moe.activations import Activation, activate_parts
+from jax_nvfp4_moe.format import BLOCK_SIZE, E4M3_MAX, clamp, doubled_codes, quantize_blocks
+
+
+def gemm1(
+    parts: tuple[Float32[Array, "N M"], ...],
+    encode_scale: Float32[Array, ""] | None,
+    *,
+    activation: Activation,
+    native: bool,
+) -> Float32[Array, "M N"]:
+    """The activation, and GEMM2's operand if it is quantised at a given scale.
+
+    Args:
+        parts: gate and up, or up alone.
+        encode_scale: of GEMM2's activations; None leaves them as they are.
+        activation: of the layer.
+        native: compiled by Triton.
+    """
+    hidden = activate_parts(parts, activation, erf=_erf).T
+    if encode_scale is None:
+        return hidden
+    codes, scale = quantize_blocks(
+        hidden,
+        encode_scale,
+        round_scale=_round_e4m3,
+        divide=_exact_divide if native else jnp.divide,
+    )
+    values = doubled_codes(codes).astype(jnp.float32).reshape(*scale.shape, BLOCK_SIZE)
+    return (values * (0.5 * scale)[..., None]).reshape(hidden.shape)
+
+
+def gemm2(parts: tuple[Float32[Array, "N M"], ...], _: Array | None) -> Float32[Array, "M N"]:
+    """Nothing: rows are rounded as they are stored."""
+    return parts[0].T
+
+
+def _round_e4m3(x: Float32[Array, "*shape"], _: Any = None) -> Float32[Array, "*shape"]:
+    """`format.round_to` float8_e4m3fn, for values that are not negative."""
+    x = clamp(x, 0.0, E4M3_MAX)
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF
+    # Subnormals are multiples of 2**-9.
+    steps = x * 2.0**9
+    whole = jnp.where(x < 2.0**-6, steps, 0.0).astype(jnp.int32)
+    rest = steps - whole.astype(jnp.float32)
+    whole = whole + ((rest > 0.5) | ((rest == 0.5) & (whole & 1 == 1))).astype(jnp.int32)
+    small = whole.astype(jnp.float32) * 2.0**-9
+    rounded = lax.bitcast_convert_type(rounded, jnp.float32)
+    return jnp.where(jnp.isnan(x), x, jnp.where(x < 2.0**-6, small, rounded))
+
+
+def _erf(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """The error function, within 5e-7: the ratio of polynomials of `ffi/cpu/floats.h`."""
+    x = clamp(x, -3.92, 3.92)
+    t = x * x
+    above = _polynomial(
+        t, 2.0257592e-06, 0.000284715, 0.0038092206, 0.052878678, 0.19157454, 1.1283791
+    )
+    below = _polynomial(t, 3.78317e-05, 0.00117099, 0.015057188, 0.11456967, 0.5031112, 1.0)
+    return clamp(x * above / below, -1.0, 1.0)
+
+
+def _polynomial(t: Array, *coefficients: float) -> Array:
+    total = jnp.full_like(t, coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = total * t + coefficient
+    return total
+
+
+def _exact_divide(a: Array, b: Array) -> Array:
+    (quotient,) = plgpu.elementwise_inline_asm(
+        "div.rn.f32 $0, $1, $2;",
+        args=[a, b],
+        constraints="=f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, jnp.float32)],
+    )
+    return quotient
