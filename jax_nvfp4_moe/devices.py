@@ -10,27 +10,20 @@ _CAPABILITIES = {"b100": "10.0", "b200": "10.0", "b300": "10.3"}
 
 # Words in the names of older NVIDIA GPUs that JAX still runs on, of compute capability 5.0 to 7.5,
 # the first whose tensor cores have bfloat16 being 8.0.
-_BEFORE_SM80 = frozenset(
-    [
-        "gtx",
-        "titan",
-        "quadro",
-        "v100",
-        "p100",
-        "m40",
-        "m60",
-        "p4",
-        "p40",
-        "t4",
-        "t1000",
-        "2060",
-        "2070",
-        "2080",
-        "mx150",
-        "mx250",
-        "mx450",
-    ]
-)
+_BEFORE_SM80 = {
+    "gtx",
+    "titan",
+    "quadro",
+    "v100",
+    "p100",
+    "m40",
+    "m60",
+    "p4",
+    "p40",
+    "t4",
+    "t1000",
+} | {"2060", "2070", "2080"}
+_HOPPER = {"h100", "h200", "h800", "h20", "gh200"}
 
 
 def current_kind() -> str:
@@ -56,4 +49,13 @@ def capability(kind: str) -> str | None:
 
 def predates_sm80(kind: str) -> bool:
     """Whether an NVIDIA GPU is one of those known to be older than compute capability 8.0."""
-    return not _BEFORE_SM80.isdisjoint(re.split(r"[^a-z0-9]+", kind.lower()))
+    return not _BEFORE_SM80.isdisjoint(_words(kind))
+
+
+def is_hopper(kind: str) -> bool:
+    """Whether a GPU is of compute capability 9.0."""
+    return not _HOPPER.isdisjoint(_words(kind))
+
+
+def _words(kind: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", kind.lower())

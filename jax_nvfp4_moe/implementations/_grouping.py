@@ -27,14 +27,15 @@ class Tiles(NamedTuple):
     """All tiles.
 
     Attributes:
-        expert: of each tile.
-        first: where each begins in the order of pairs sorted by expert.
-        live: how many rows are the expert's: the first ones; 0 for a tile that is not needed.
+        expert: of each tile; outside 0..E-1 there is nothing to do.
+        first: where each begins in the order of pairs sorted by expert; None: at its own number.
+        live: how many rows are the expert's: the first ones, 0 for a tile that is not needed; None
+            means one.
     """
 
     expert: Int32[Array, " tiles"]
-    first: Int32[Array, " tiles"]
-    live: Int32[Array, " tiles"]
+    first: Int32[Array, " tiles"] | None
+    live: Int32[Array, " tiles"] | None
 
 
 class Grouping(NamedTuple):

@@ -18,7 +18,7 @@ from jax_nvfp4_moe.format import BLOCK_SIZE, E4M3_MAX, clamp, doubled_codes, qua
 
 def gemm1(
     parts: tuple[Float32[Array, "N M"], ...],
-    encode_scale: Float32[Array, ""] | None,
+    scale: Float32[Array, ""] | None,
     *,
     activation: Activation,
     native: bool,
@@ -27,26 +27,28 @@ def gemm1(
 
     Args:
         parts: gate and up, or up alone.
-        encode_scale: of GEMM2's activations; None leaves them as they are.
+        scale: the decode scale of GEMM2's activations; None leaves them as they are.
         activation: of the layer.
         native: compiled by Triton.
     """
     hidden = activate_parts(parts, activation, erf=_erf).T
-    if encode_scale is None:
-        return hidden
-    codes, scale = quantize_blocks(
-        hidden,
-        encode_scale,
-        round_scale=_round_e4m3,
-        divide=_exact_divide if native else jnp.divide,
-    )
-    values = doubled_codes(codes).astype(jnp.float32).reshape(*scale.shape, BLOCK_SIZE)
-    return (values * (0.5 * scale)[..., None]).reshape(hidden.shape)
+    return hidden if scale is None else quantized(hidden, scale, native=native)
 
 
 def gemm2(parts: tuple[Float32[Array, "N M"], ...], _: Array | None) -> Float32[Array, "M N"]:
     """Nothing: rows are rounded as they are stored."""
     return parts[0].T
+
+
+def quantized(
+    x: Float32[Array, "M K"], scale: Float32[Array, ""], *, native: bool
+) -> Float32[Array, "M K"]:
+    """Values quantised at a decode scale, and without it: ``e2m1 * scale``, exact in bfloat16."""
+    divide = _exact_divide if native else jnp.divide
+    encode = divide(jnp.ones(len(x), jnp.float32), jnp.broadcast_to(scale, len(x)))
+    codes, block_scale = quantize_blocks(x, encode, round_scale=_round_e4m3, divide=divide)
+    values = doubled_codes(codes).astype(jnp.float32).reshape(*block_scale.shape, BLOCK_SIZE)
+    return (values * (0.5 * block_scale)[..., None]).reshape(x.shape)
 
 
 def _round_e4m3(x: Float32[Array, "*shape"], _: Any = None) -> Float32[Array, "*shape"]:

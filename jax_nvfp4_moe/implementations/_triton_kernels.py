@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Bool, Float, Float32, Int16, Int32, UInt8
+from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int16, Int32, UInt8
 
 from jax_nvfp4_moe.format import BLOCK_SIZE
 from jax_nvfp4_moe.implementations._grouping import Tiles
@@ -25,9 +25,11 @@ from jax_nvfp4_moe.implementations._triton_decode import (
     operand,
     scale_values,
 )
+from jax_nvfp4_moe.implementations._triton_epilogues import quantized
 from jax_nvfp4_moe.implementations._triton_tilings import Tiling
 
 _WORDS = BLOCK_SIZE // QUARTERS  # of a block
+_QUANTIZE_COLUMNS = 512  # of a program
 
 
 class Weights(NamedTuple):
@@ -48,9 +50,46 @@ class Weights(NamedTuple):
     bias: Float32[Array, "E N"] | None
 
 
-# From the products of each group [N/G, M], finished, and the encode scale, if one is given, to what
-# is stored [M, N/G].
+# From the finished products of each group [N/G, M], and a scale if there is one, to what is stored
+# [M, N/G].
 Epilogue = Callable[[tuple[Array, ...], Array | None], Array]
+
+
+def quantize_rows(
+    x: Float[Array, "R K"],
+    scale: Float32[Array, ""],
+    result: jax.ShapeDtypeStruct,
+    *,
+    interpret: bool,
+) -> BFloat16[Array, "R K"]:
+    """Rows quantised at a decode scale, as operands of `grouped_gemm`.
+
+    Args:
+        x: bfloat16, float16 or float32.
+        scale: still to be multiplied.
+        result: [R, K], columns in the order of the quarters.
+        interpret: run by JAX's interpreter, on any device.
+    """
+    size = x.shape[1]
+
+    def nvfp4_moe_quantize(x: Any, scale: Any, out: Any) -> None:
+        row, part = pl.program_id(0), pl.program_id(1)
+        column = part * _QUANTIZE_COLUMNS + jnp.arange(_QUANTIZE_COLUMNS, dtype=jnp.int32)
+        index, mask = (row[None], column), column < size
+        values = plgpu.load(x.at[index], mask=mask, other=0).astype(jnp.float32)
+        values = quantized(values[None], scale[0], native=not interpret)[0].astype(out.dtype)
+        # Beyond the last: the interpreter writes under a mask too, what was there before.
+        column = jnp.where(mask, _in_quarters(column, size), column)
+        plgpu.store(out.at[row[None], column], values, mask=mask)
+
+    return pl.pallas_call(
+        nvfp4_moe_quantize,
+        out_shape=result,
+        grid=(len(x), pl.cdiv(size, _QUANTIZE_COLUMNS)),
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+        interpret=interpret,
+        name="nvfp4_moe_quantize",
+    )(x, scale.reshape(1))
 
 
 def grouped_gemm(
@@ -58,14 +97,14 @@ def grouped_gemm(
     row_scale: Float32[Array, " R"] | Float32[Array, "1"] | None,
     weights: Weights,
     tiles: Tiles,
-    source: Int32[Array, " P"] | None,
-    target: Int32[Array, " P"] | None,
-    encode_scale: Float32[Array, ""] | None,
+    pair: Int32[Array, " P"] | None,
+    scale: Float32[Array, ""] | None,
     epilogue: Epilogue,
     result: jax.ShapeDtypeStruct,
     *,
     in_quarters: bool,
     swizzled: bool,
+    top_k: int | None,
     tokens: int,
     tiling: Tiling,
     interpret: bool,
@@ -78,12 +117,14 @@ def grouped_gemm(
         row_scale: decode scales still to be multiplied, one for each row or for all; or None.
         weights: of all experts.
         tiles: which rows meet which expert.
-        source: which of `rows` each place is; None means its own.
-        target: which row of the result each place is; None means its own.
-        encode_scale: for the epilogue, or None.
+        pair: which (token, slot) pair each place is among the experts' rows one after the other;
+            None means its own.
+        scale: for the epilogue, or None.
         epilogue: from the products to what is stored.
         result: [P, N / G]; rows that are in no tile are not written.
         in_quarters: whether the result's columns are stored in the order of the quarters.
+        top_k: GEMM1's rows are tokens, of so many pairs each, and its result's are places; None:
+            GEMM2's rows are places, and its result's are pairs.
         swizzled: whether the block scales are in 128 x 4 tiles (`layouts.swizzle_scales`).
         tokens: rows of a tile.
         tiling: how weights are cut.
@@ -94,15 +135,14 @@ def grouped_gemm(
         "row_scale": row_scale,
         "order": weights.order,
         "bias": weights.bias,
-        "source": source,
-        "target": target,
-        "encode_scale": None if encode_scale is None else encode_scale.reshape(1),
+        "first": tiles.first,
+        "live": tiles.live,
+        "pair": pair,
+        "epilogue_scale": None if scale is None else scale.reshape(1),
     }
     given = {key: value for key, value in optional.items() if value is not None}
     fixed = {
         "expert": tiles.expert,
-        "first": tiles.first,
-        "live": tiles.live,
         "rows": rows,
         "words": weights.words,
         "scale": weights.scale,
@@ -118,6 +158,7 @@ def grouped_gemm(
             epilogue,
             in_quarters=in_quarters,
             swizzled=swizzled,
+            top_k=top_k,
             tokens=tokens,
             tiling=tiling,
             native=not interpret,
@@ -143,21 +184,22 @@ def _program(
     *,
     in_quarters: bool,
     swizzled: bool,
+    top_k: int | None,
     tokens: int,
     tiling: Tiling,
     native: bool,
 ) -> None:
     tile, part = pl.program_id(0), pl.program_id(1)  # the interpreter has neither under a condition
-    live = refs["live"][tile]
+    expert = refs["expert"][tile]
+    live = refs["live"][tile] if "live" in refs else 1
 
-    @pl.when(live > 0)
+    @pl.when((live > 0) & (expert >= 0) & (expert < refs["words"].shape[0]))
     def _() -> None:
-        expert = refs["expert"][tile]
         lane = jnp.arange(tokens, dtype=jnp.int32)
         is_live = lane < live
-        place = refs["first"][tile] + jnp.where(is_live, lane, 0)
-        source = refs["source"][place] if "source" in refs else place
-        target = refs["target"][place] if "target" in refs else place
+        place = (refs["first"][tile] if "first" in refs else tile) + jnp.where(is_live, lane, 0)
+        pair = refs["pair"][place] if "pair" in refs else place
+        source, target = (place, pair) if top_k is None else (pair // top_k, place)
 
         size = out.shape[1]
         row = jnp.arange(tiling.weight_rows, dtype=jnp.int32)
@@ -190,10 +232,10 @@ def _program(
                 value = value + refs["bias"][expert, n][:, None]
             finished.append(value)
 
-        encode = refs["encode_scale"][0] if "encode_scale" in refs else None
-        values = epilogue(tuple(finished), encode).astype(out.dtype)
+        scale = refs["epilogue_scale"][0] if "epilogue_scale" in refs else None
+        values = epilogue(tuple(finished), scale).astype(out.dtype)
         if in_quarters:
-            column = column % QUARTERS * (size // QUARTERS) + column // QUARTERS
+            column = _in_quarters(column, size)
         # The interpreter writes under a mask what was there before, so no two may share a place.
         target = jnp.where(is_live, target, out.shape[0] + lane)
         column = jnp.where(inside, column, size + row)
@@ -245,8 +287,9 @@ def _contract(
             scale = scale_values(scale).astype(jnp.bfloat16)[:, :, None]
             scale = jnp.broadcast_to(scale, (*scale.shape[:2], _WORDS)).reshape(codes.shape)
             for quarter, x in enumerate(xs):
-                left = operand(codes, scale, quarter, native=native).astype(x.dtype)
-                total += _dot(left, x, native)
+                left = operand(codes, scale, quarter, native=native)
+                for part in _parts(x):
+                    total += _dot(left.astype(part.dtype), part, native)
             return total
 
         return tuple(map(added, sums, stored))
@@ -255,11 +298,29 @@ def _contract(
     return lax.fori_loop(0, pl.cdiv(words_a_row, tiling.words), body, start)
 
 
+def _parts(x: Float[Array, "K M"]) -> list[Array]:
+    """What a tensor core multiplies, exactly: float32 values as three bfloat16 ones that add up."""
+    if x.dtype != jnp.float32:
+        return [x]
+    parts = []
+    for _ in range(3):
+        # Its upper half is a bfloat16, cut off and not rounded: no value gets larger.
+        bits = lax.bitcast_convert_type(x, jnp.int32) & -0x10000
+        part = lax.bitcast_convert_type(bits, jnp.float32)
+        parts.append(part.astype(jnp.bfloat16))
+        x = jnp.where(jnp.isfinite(part), x - part, 0.0)
+    return parts
+
+
 def _dot(left: Float[Array, "N K"], right: Float[Array, "K M"], native: bool) -> Array:
     if not native:  # the interpreter's machine may have no product of narrow types
         left, right = left.astype(jnp.float32), right.astype(jnp.float32)
-    # HIGHEST matters for float32 alone: it keeps TF32 off.
-    return lax.dot(left, right, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return lax.dot(left, right, preferred_element_type=jnp.float32)
+
+
+def _in_quarters(column: Array, size: int) -> Array:
+    """Where a column is stored in the order of the quarters."""
+    return column % QUARTERS * (size // QUARTERS) + column // QUARTERS
 
 
 def _scale_index(row: Array, block: Array, blocks_a_row: int, swizzled: bool) -> Array:

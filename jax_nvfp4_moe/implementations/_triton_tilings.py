@@ -5,7 +5,9 @@ None of it was measured on a GPU. What was looked at is what the compilers make 
 """
 
 import dataclasses
+import math
 
+from jax_nvfp4_moe import devices
 from jax_nvfp4_moe.implementations._grouping import expected_hits
 
 
@@ -47,22 +49,26 @@ class Tilings:
         return "a tile for each pair" if self.by_pair else f"tiles of {self.tokens} rows"
 
 
-# The least that a tensor core multiplies by: 16 rows, of which a pair uses one.
+# By the most rows that an expert has on average. The least that a tensor core multiplies by is 16.
 _FEW = Tilings(16, False, Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 4))
-# By the most rows that an expert has on average.
-_TILINGS = (
-    (16, _FEW),
-    (48, Tilings(32, False, Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3))),
-    (128, Tilings(64, False, Tiling(64, 32, 4, 3), Tiling(128, 32, 8, 3))),
-    (float("inf"), Tilings(128, False, Tiling(64, 32, 8, 3), Tiling(128, 32, 8, 3))),
+_SOME = Tilings(32, False, Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3))
+_MANY = Tilings(64, False, Tiling(64, 32, 4, 3), Tiling(128, 32, 4, 3))
+_TILINGS = ((16, _FEW), (48, _SOME), (math.inf, _MANY))
+# Hopper's matrix unit takes larger tiles of tokens from shared memory, for which half as many
+# weights are decoded. On others they do not fit into registers, or into SM100's tensor memory.
+_HOPPER = (
+    *_TILINGS[:2],
+    (96, _MANY),
+    (math.inf, Tilings(128, False, Tiling(64, 32, 4, 3), Tiling(128, 32, 4, 3))),
 )
 # While experts are hit so often on average, sorting pairs costs more than reading them again.
 _BY_PAIR_MAX_REUSE = 2.0
 
 
-def tilings(tokens: int, top_k: int, num_experts: int) -> Tilings:
+def tilings(tokens: int, top_k: int, num_experts: int, device_kind: str) -> Tilings:
     """How a layer of these sizes is cut, if routing is uniform."""
     average = tokens * top_k / max(1.0, expected_hits(tokens, top_k, num_experts))
     if average <= _BY_PAIR_MAX_REUSE:
         return dataclasses.replace(_FEW, by_pair=True)
-    return next(found for most, found in _TILINGS if average <= most)
+    table = _HOPPER if devices.is_hopper(device_kind) else _TILINGS
+    return next(found for most, found in table if average <= most)

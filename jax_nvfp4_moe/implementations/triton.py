@@ -68,7 +68,7 @@ class Triton:
     def describe(self, problem: Problem) -> str:
         """How it would cut the work, and the packed bytes it reads."""
         sizes = problem.tokens, problem.top_k, problem.experts.num_experts
-        chosen = tilings(*sizes)
+        chosen = tilings(*sizes, problem.device_kind)
         hits = expected_hits(*sizes)
         megabytes = hits * problem.experts.nbytes / problem.experts.num_experts / 1e6
         reads = f"reads about {megabytes:.1f} MB of packed weights for {hits:.0f} experts"

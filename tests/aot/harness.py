@@ -27,7 +27,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 
 from .roundings import Rounding, lost, tag
 
-Target = Literal["h200", "b200"]
+Target = Literal["h200", "b200", "a100", "rtx_pro_6000"]
 
 TARGETS: tuple[Target, ...] = ("h200", "b200")
 
@@ -61,6 +61,8 @@ class Compiled:
     """What rounds in the lowered program."""
     thunks: tuple[str, ...]
     """What is executed, a line each; what a command buffer has is indented below it."""
+    ptx: dict[str, str]
+    """By the name of each kernel, the module that it is in."""
 
     @property
     def custom_calls(self) -> list[str]:
@@ -107,6 +109,7 @@ def compile_for(target: Target, fn: Callable, *args: Any, **options: str) -> Com
             # The second, which sorts last, is written if command buffers were made of the first.
             sequences = sorted(Path(dump).glob("*.thunk_sequence*.txt"))
             thunks = sequences[-1].read_text().splitlines()
+            modules = [path.read_text() for path in Path(dump).glob("*.ptx")]
     memory = cast(Any, executable.memory_analysis())
     return Compiled(
         target=target,
@@ -116,6 +119,7 @@ def compile_for(target: Target, fn: Callable, *args: Any, **options: str) -> Com
         output_bytes=memory.output_size_in_bytes,
         roundings=tuple(found),
         thunks=tuple(thunks),
+        ptx={name: text for text in modules for name in re.findall(r"\.entry ([\w$]+)", text)},
     )
 
 
