@@ -66,6 +66,8 @@ def weights_of_a_step(target, tokens, name):
 def test_instruction_counts(target, tokens, name):
     if reason := missing():
         pytest.skip(reason)
+    if not compile_layer(target, tokens).ptx:
+        pytest.skip(f"needs JAX 0.10.2: the XLA of JAX {jax.__version__} does not write its PTX")
     code = kernel(target, tokens, name)
     count = code.loop.total() / weights_of_a_step(target, tokens, name)
     print(
