@@ -5,6 +5,7 @@ import importlib
 
 COMMANDS = {  # each a module with a `main`
     "layer": "one layer, side by side with what else computes it",
+    "gpu": "layers on a GPU, side by side, and the conformance suite there",
     "plot": "draw what `layer` wrote",
     "bridge": "what a call through the bridge costs the host",
     "loading": "how fast a checkpoint loads, and in how much memory",

@@ -135,16 +135,7 @@ class Run:
         self.emulation = None  # what the others are compared with
 
     def describe(self):
-        return {
-            "layer": self.layer.name,
-            "experts": self.layer.experts,
-            "top_k": self.layer.top_k,
-            "hidden": self.layer.hidden,
-            "intermediate": self.layer.intermediate,
-            "layer_mb": round(self.layer.nbytes / 1e6, 1),
-            "copies": self.copies,
-            "scheme": self.scheme,
-        }
+        return {**self.layer.describe(), "copies": self.copies, "scheme": self.scheme}
 
     def peaks(self, names, tokens, console):
         """Bytes, by contender and number of tokens, of processes that only measure their memory."""

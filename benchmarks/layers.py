@@ -5,6 +5,7 @@ Everything is drawn from seeds, so that each contender's process makes the same 
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -48,6 +49,16 @@ class Layer:
     def nbytes(self):
         return self.experts * self.expert_bytes
 
+    def describe(self):
+        return {
+            "layer": self.name,
+            "experts": self.experts,
+            "top_k": self.top_k,
+            "hidden": self.hidden,
+            "intermediate": self.intermediate,
+            "layer_mb": round(self.nbytes / 1e6, 1),
+        }
+
     def flops(self, tokens):
         return 2 * tokens * self.top_k * self.parameters
 
@@ -89,8 +100,12 @@ def matrices(layer, role):
     rows, columns = layer.shape(role)
     codes = np.empty((layer.experts, rows, columns // 2), np.uint8)
     scale = np.empty((layer.experts, rows, columns // 16), np.uint8)
-    for expert in range(layer.experts):
+
+    def make(expert):
         codes[expert], scale[expert] = expert_matrix(layer, role, expert)
+
+    with ThreadPoolExecutor() as pool:  # numpy draws without the interpreter's lock
+        list(pool.map(make, range(layer.experts)))
     return codes, scale
 
 

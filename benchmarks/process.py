@@ -15,77 +15,104 @@ from benchmarks import contenders, layers, machine, memory
 from benchmarks.contenders.base import Unavailable
 
 
-class Contender:
-    """A contender in its process, seen from outside."""
+class Remote:
+    """An object in a process of its own, seen from outside.
 
-    def __init__(self, name, layer, copies, scheme):
+    Making it is begun, not awaited: its first answer are its `traits()`.
+    """
+
+    def __init__(self, name, make, *arguments):
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, name, layer, copies, scheme)
+        arguments = (theirs, make, *arguments)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
-        try:
-            self.traits = self._answer()
-        except Unavailable:
-            self.close()
-            raise
 
     @property
     def pid(self):
         return self._process.pid
 
-    def prepare(self, tokens, cache):
-        """Facts about what was compiled for so many tokens."""
-        return self._ask("prepare", tokens, cache)
+    def ask(self, method, *arguments, seconds=None):
+        """What the method returns, if it does so in time."""
+        self.begin(method, *arguments)
+        return self.answer(seconds)
 
-    def first(self):
-        """The first call: its seconds, and its result."""
-        return self._ask("first")
-
-    def peak(self):
-        """The bytes that the first call takes beyond the weights."""
-        return self._ask("peak")
-
-    def expected(self, reference):
-        """The emulation's result for the first batch."""
-        return self._ask("expected", reference)
-
-    def burst(self, seconds):
-        """The seconds of each call in a row of them."""
-        return self._ask("burst", seconds)
-
-    def close(self):
-        self._connection.close()
-        self._process.kill()
-        self._process.join()
-
-    def _ask(self, method, *arguments):
+    def begin(self, method, *arguments):
         with contextlib.suppress(OSError):  # it died: the answer says so
             self._connection.send((method, arguments))
-        return self._answer()
 
-    def _answer(self):
+    def answer(self, seconds=None):
+        """What was asked for last; without limit if `seconds` is None.
+
+        Raises:
+            Unavailable: it cannot, or its process ended, or was ended as it took too long.
+            Failed: anything else that it raised.
+        """
         try:
+            if not self._connection.poll(seconds):
+                self.close()
+                raise Unavailable(f"not done after {seconds:.0f} s")
             kind, answer = self._connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # the latter where it was closed
             self._process.join()
             code = self._process.exitcode
             raise Unavailable(f"its process ended with {code}, out of memory?") from None
         if kind == "unavailable":
             raise Unavailable(answer)
         if kind == "failed":
-            raise RuntimeError(f"{self.name} failed:\n{answer}")
+            raise Failed(f"{self.name} failed:\n{answer}")
         return answer
+
+    def close(self):
+        self._connection.close()
+        self._process.kill()
+        self._process.join()
+
+
+class Failed(RuntimeError):
+    """An error in another process; the message ends with its traceback."""
+
+
+class Contender(Remote):
+    """A contender in its process."""
+
+    def __init__(self, name, layer, copies, scheme):
+        super().__init__(name, Server, name, layer, copies, scheme)
+        try:
+            self.traits = self.answer()
+        except Unavailable:
+            self.close()
+            raise
+
+    def prepare(self, tokens, cache):
+        """Facts about what was compiled for so many tokens."""
+        return self.ask("prepare", tokens, cache)
+
+    def first(self):
+        """The first call: its seconds, and its result."""
+        return self.ask("first")
+
+    def peak(self):
+        """The bytes that the first call takes beyond the weights."""
+        return self.ask("peak")
+
+    def expected(self, reference):
+        """The emulation's result for the first batch."""
+        return self.ask("expected", reference)
+
+    def burst(self, seconds):
+        """The seconds of each call in a row of them."""
+        return self.ask("burst", seconds)
 
 
 # ------------------------------------------------------------------------------------- inside
 
 
-def _serve(connection, *arguments):
+def _serve(connection, method, *arguments):
+    """Makes the object, which is asked for first, and answers what is asked of it."""
     server = None
-    method = Server
     while True:
         try:
             answer = method(*arguments)

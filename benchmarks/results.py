@@ -30,11 +30,16 @@ def add_output(parser):
     """--output, whose folder has to exist before minutes are spent."""
 
     def path(text):
-        if not Path(text).parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{Path(text).parent} is not a folder")
-        return Path(text)
+        return folder(Path(text).parent) / Path(text).name
 
     parser.add_argument("--output", type=path, help="also write the lines to this file")
+
+
+def folder(text):
+    """One that exists, as an argument."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a folder")
+    return Path(text)
 
 
 def command_line(name, arguments):

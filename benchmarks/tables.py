@@ -21,14 +21,27 @@ COLUMNS = {
 }
 
 
-def show(lines, layer):
+GPU_COLUMNS = {
+    **{name: COLUMNS[name] for name in ("median ms", "q1 .. q3")},
+    "launch ms": lambda line: _short(line["launch_ms"]),
+    "GB/s": lambda line: f"{line['gb_s']:.0f}",
+    "of copy": lambda line: f"{100 * line['of_copy']:.1f} %",
+    "TFLOP/s": lambda line: _short(line["gflop_s"] / 1e3),
+    "of bf16": lambda line: f"{100 * line['of_bfloat16']:.1f} %",
+    "limit": COLUMNS["limit"],
+    "differs": COLUMNS["differs"],
+}
+
+
+def show(lines, layer, columns=COLUMNS):
     """One number of tokens' lines; `limit` is how much of the machine's they reach."""
     table = Table(title=f"{layer}, T = {lines[0]['tokens']}", title_justify="left")
     table.add_column("", no_wrap=True)
-    for heading in COLUMNS:
+    for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for line in lines:
         if "unavailable" not in line:
-            table.add_row(line["contender"], *(column(line) for column in COLUMNS.values()))
-    console = Console()
-    (console if console.is_terminal else Console(width=130)).print(table)
+            table.add_row(line["contender"], *(column(line) for column in columns.values()))
+    if table.row_count:
+        console = Console()
+        (console if console.is_terminal else Console(width=130)).print(table)

@@ -1,7 +1,7 @@
 """What every implementation must compute: the cases, their data, and the comparison.
 
-A new implementation joins by adding its name to IMPLEMENTATIONS. `check` holds it to the float64
-oracle, whose roundings it shares.
+A new implementation joins by adding its name to IMPLEMENTATIONS, of the CPU's or of the GPU's.
+`check` holds it to the float64 oracle, whose roundings it shares.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from tests import oracle
 
 _LEVELS_HERE = {} if library.unavailable() else library.cpu_levels()
 # Levels that this machine lacks: tests/cpu runs the suite for them elsewhere.
-IMPLEMENTATIONS = (
+_ON_CPU = (
     "emulation",
     *(
         pytest.param(
@@ -33,6 +33,8 @@ IMPLEMENTATIONS = (
         for level in LEVELS
     ),
 )
+_ON_GPU = ("emulation", "triton")
+IMPLEMENTATIONS = _ON_GPU if jax.default_backend() == "gpu" else _ON_CPU
 
 # float32 sums of up to a few thousand exact products, and rows rounded to bfloat16 on the way.
 GATE = 1e-4

@@ -11,10 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks import layers, machine, measuring, memory, plot, results
+from benchmarks import gpu, gpu_rates, gpu_tests, layers, machine, measuring, memory, plot, results
 from benchmarks.contenders import ggml_blocks, load
 from benchmarks.contenders.base import Unavailable
-from benchmarks.process import Contender
+from benchmarks.gpu_scale import FULL
+from benchmarks.process import Contender, Failed, Remote
+from tests.compile_flags import QUICK
 
 TINY = layers.Layer("tiny", 8, 2, 128, 64)
 CACHE = 2 * TINY.expert_bytes
@@ -78,7 +80,11 @@ def expected():
     return functools.cache(lambda name: np.asarray(contender.expected(name), np.float32))
 
 
-@pytest.mark.parametrize("name", ["ggml", "torch-all", "torch-hit", "ragged-dot", "jax-bf16"])
+ON_CPU = ("ggml", "torch-all", "torch-hit", "ragged-dot", "jax-bf16")
+GROUPED = ("torch-bf16-grouped", "torch-all-grouped")
+
+
+@pytest.mark.parametrize("name", [*ON_CPU, *GROUPED])
 def test_contenders_compute_the_layer(name, expected):
     if name.startswith("torch") and importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not installed")
@@ -120,6 +126,107 @@ def test_a_contender_that_is_unavailable_says_why():
     huge = layers.Layer("huge", 1 << 20, 8, 1 << 14, 1 << 14)
     with pytest.raises(Unavailable, match=r"needs \d+.\d GB"):
         Contender("emulation", huge, 1, "static")
+
+
+class Slow:
+    def traits(self):
+        return "slow"
+
+    def wait(self, seconds):
+        time.sleep(seconds)
+        return seconds
+
+    def fail(self):
+        raise ValueError("no reason")
+
+
+def test_what_takes_too_long_is_ended():
+    remote = Remote("slow", Slow)
+    try:
+        assert remote.answer() == "slow"
+        assert remote.ask("wait", 0.0, seconds=60) == 0
+        with pytest.raises(Failed, match="no reason"):
+            remote.ask("fail")
+        with pytest.raises(Unavailable, match="not done after 0 s"):
+            remote.ask("wait", 60, seconds=0.01)
+        with pytest.raises(Unavailable, match="its process ended with -9"):
+            remote.ask("wait", 0.0)
+    finally:
+        remote.close()
+
+
+# ------------------------------------------------------------------------------------- on a GPU
+
+
+def test_a_dry_run_for_a_gpu(tmp_path, monkeypatch):
+    for name in ("JAX_PLATFORMS", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+        monkeypatch.setenv(name, "")  # set by the command, and put back
+    monkeypatch.setenv("XLA_FLAGS", " ".join(QUICK))
+    gpu.main(["--dry-run", "--tokens", "2", "--output", str(tmp_path)])
+    header, *lines = results.read(tmp_path / "gpu-tiny.jsonl")
+    assert header["limits"].keys() == {"copy_gb_s", "bfloat16_gflop_s"}
+    found = {line["contender"]: line for line in lines}
+    unavailable = {"ragged-dot-mgpu": "its kernel is for compute capability 9.0, and this is cpu"}
+    if importlib.util.find_spec("torch") is None:
+        unavailable |= dict.fromkeys(GROUPED, "torch is not installed")
+    assert {n: x["unavailable"] for n, x in found.items() if "unavailable" in x} == unavailable
+    for name in found.keys() - unavailable.keys():
+        assert found[name]["difference"] <= found[name]["bound"]
+        assert 0 < found[name]["min_ms"] <= found[name]["median_ms"]
+    assert found["triton"]["difference"] < 1e-4
+
+
+def test_wrong_results_are_refused():
+    traits = {"reference": "layer", "bound": 0.01, "layer_nbytes": 1e6}
+    right = [np.eye(3), np.ones((3, 3))]
+    assert gpu.compared(traits, right, {"layer": right})["difference"] == 0
+    with pytest.raises(Unavailable, match="wrong: it differs by"):
+        gpu.compared(traits, right[::-1], {"layer": right})
+    with pytest.raises(Unavailable, match="wrong: it differs by nan"):
+        gpu.compared(traits, [np.full((3, 3), np.nan)] * 2, {"layer": right})
+    with pytest.raises(Unavailable, match="nothing to compare with: out of memory"):
+        gpu.compared(traits, right, {"layer": Failed("out of memory")})
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b", "deepseek-v3"])
+@pytest.mark.parametrize("tokens", FULL.tokens[:3])  # more tokens read as much
+def test_a_program_reads_more_than_the_cache_holds(name, tokens):
+    layer = layers.LAYERS[name]
+    calls, copies = FULL.calls_of(layer, tokens), FULL.copies_of(layer)
+    batches = layers.token_batches(layer, tokens, calls, FULL.cache)
+    read = {(i % copies, expert) for i, batch in enumerate(batches) for expert in batch.ids.flat}
+    assert len(read) * layer.expert_bytes > 2.5 * FULL.cache
+
+
+def test_rates_on_a_gpu():
+    limits = {"copy_gb_s": 10.0, "bfloat16_gflop_s": 100.0}
+    packed = 8 * TINY.expert_bytes + 4 * 4 * 128
+    line = {"tokens": 4, "hit_experts": 8, "median_ms": 1.0, "layer_mb": TINY.nbytes / 1e6}
+    found = gpu_rates.rates(TINY, line, limits)
+    assert found["mb"] == pytest.approx(packed / 1e6, abs=1e-3)
+    assert found["of_copy"] == pytest.approx(packed / 10e9 * 1e3, abs=1e-4)
+    assert found["of_bfloat16"] == pytest.approx(TINY.flops(4) / 100e9 * 1e3, abs=1e-4)
+    assert found["of_limit"] == max(found["of_copy"], found["of_bfloat16"])
+    wider = gpu_rates.rates(TINY, line | {"layer_mb": 2 * TINY.nbytes / 1e6}, limits)
+    assert wider["of_copy"] > found["of_copy"] and wider["limit_ms"] == found["limit_ms"]
+
+
+SUITE = """
+import pytest
+pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("implementation", ["triton", "emulation"])]
+def test_good(implementation): pass
+def test_bad(implementation): assert implementation != "triton"
+def test_absent(implementation): pytest.skip("no reason")
+"""
+
+
+def test_the_suite_is_counted(tmp_path, monkeypatch):
+    path = tmp_path / "test_suite.py"
+    path.write_text(SUITE)
+    monkeypatch.setattr(gpu_tests, "SUITE", str(path))
+    found = gpu_tests.run("triton", 300)
+    assert found["passed"] == found["skipped"] == 1 and not found["stopped"]
+    assert found["failed"] == ["test_bad[triton]"]
 
 
 # ------------------------------------------------------------------------------------- measuring

@@ -2,7 +2,7 @@
 
 import importlib
 
-CONTENDERS = {
+CONTENDERS = {  # on a CPU
     "cpu": "ours:Cpu",
     "emulation": "ours:Emulation",
     "ggml": "ggml:Ggml",
@@ -12,8 +12,16 @@ CONTENDERS = {
     "jax-bf16": "bfloat16:HitExperts",
 }
 
+GPU_CONTENDERS = {
+    "triton": "ours:Triton",
+    "emulation": "ours:Emulation",
+    "torch-bf16-grouped": "torch_grouped:Bfloat16",
+    "torch-all-grouped": "torch_grouped:DequantiseAll",
+    "ragged-dot-mgpu": "bfloat16:RaggedDotMgpu",
+}
+
 
 def load(name):
     """The contender's class; ModuleNotFoundError if it needs what is not installed."""
-    module, attribute = CONTENDERS[name].split(":")
+    module, attribute = (CONTENDERS | GPU_CONTENDERS)[name].split(":")
     return getattr(importlib.import_module(f"benchmarks.contenders.{module}"), attribute)

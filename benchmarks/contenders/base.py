@@ -2,6 +2,14 @@
 
 import abc
 
+# Of a layer's result, added to the tokens of the next one in a chain: it cannot begin before.
+RESIDUE = 2.0**-10
+SAMPLES = 256  # tokens of a large result that are compared, spread over all
+
+
+def sample(result):
+    return result[:: max(1, len(result) // SAMPLES)]
+
 
 class Unavailable(Exception):
     """A contender cannot take part here; the message says why."""

@@ -1,9 +1,12 @@
 """The layer with bfloat16 weights that never were quantised, in JAX: 3.6 times the bytes."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 
 import jax_nvfp4_moe as nvm
+from benchmarks.contenders.base import Unavailable
 from benchmarks.contenders.jax_call import JaxContender
 from benchmarks.contenders.ours import random_experts
 
@@ -43,15 +46,49 @@ class RaggedDot(Bfloat16):
     def stored(self, matrices):
         return matrices.swapaxes(1, 2)  # [E, K, N], as ragged_dot contracts them
 
+    def product(self, rows, matrices, sizes):
+        return jax.lax.ragged_dot(rows, matrices, sizes)
+
     def function(self, x, ids, weights, w13, w2):
         tokens, top_k = ids.shape
         order = jnp.argsort(ids.ravel(), stable=True)
         sizes = jnp.bincount(ids.ravel(), length=len(w13)).astype(jnp.int32)
-        gate, up = jnp.split(jax.lax.ragged_dot(x[order // top_k], w13, sizes), 2, axis=-1)
-        rows = jax.lax.ragged_dot(jax.nn.silu(gate) * up, w2, sizes)
-        weighted = rows.astype(jnp.float32) * weights.ravel()[order][:, None]
-        summed = jnp.zeros((tokens, x.shape[1]), jnp.float32).at[order // top_k].add(weighted)
-        return summed.astype(x.dtype)
+        gate, up = jnp.split(self.product(x[order // top_k], w13, sizes), 2, axis=-1)
+        rows = self.product(jax.nn.silu(gate) * up, w2, sizes)
+        rows = rows[jnp.argsort(order)].reshape(tokens, top_k, -1)
+        return (rows.astype(jnp.float32) * weights[..., None]).sum(1).astype(x.dtype)
+
+
+class RaggedDotMgpu(RaggedDot):
+    """The same by JAX's own grouped GEMM for Hopper, at one of the tile sizes that it suggests."""
+
+    MODULE = "jax.experimental.pallas.ops.gpu.ragged_dot_mgpu"
+    ROWS = 64  # of a tile
+
+    def __init__(self, layer, copies, scheme):
+        device = jax.devices()[0]
+        if getattr(device, "compute_capability", None) != "9.0":
+            raise Unavailable(
+                f"its kernel is for compute capability 9.0, and this is {device.device_kind}"
+            )
+        importlib.import_module(self.MODULE)  # before the weights are made for nothing
+        super().__init__(layer, copies, scheme)
+
+    def product(self, rows, matrices, sizes):
+        count = len(rows)
+        if count < self.ROWS:  # a tile is loaded whole
+            rows = jnp.pad(rows, ((0, self.ROWS - count), (0, 0)))
+        found = importlib.import_module(self.MODULE).ragged_dot(
+            rows,
+            matrices,
+            group_sizes=sizes,
+            block_m=self.ROWS,
+            block_n=128,
+            block_k=64,
+            max_concurrent_steps=4,
+            grid_block_n=4,
+        )
+        return found[:count]
 
 
 class HitExperts(Bfloat16):

@@ -1,4 +1,4 @@
-"""This package: the native kernel and the emulation."""
+"""This package: the native kernels and the emulation."""
 
 import dataclasses
 import functools
@@ -62,6 +62,14 @@ class Cpu(Ours):
     implementation = "cpu"
 
 
+class Triton(Ours):
+    """The GPU kernels; where there is no GPU, by JAX's interpreter, only to see that they run."""
+
+    def __init__(self, layer, copies, scheme):
+        super().__init__(layer, copies, scheme)
+        self.implementation = nvm.Triton(interpret=jax.default_backend() != "gpu")
+
+
 class Emulation(Ours):
     implementation = "emulation"
 
@@ -69,15 +77,21 @@ class Emulation(Ours):
         """The first batch's result, with which the others' are compared."""
         if reference == "layer":
             return self.run(0, 0)
-        (experts,) = self.weights[0]
-        numerics = "kernel"
-        if reference == "vllm":
-            numerics = "vllm"
-        else:
-            experts = dataclasses.replace(
-                experts, activation_scheme="none", input_scale=None, hidden_scale=None
-            )
-        function = functools.partial(self.function, numerics=numerics)
-        arguments = *self.batches[0], experts
+        function, weights = self.computing(reference)
+        arguments = *self.batches[0], *weights[0]
         compiled, _ = self.compile(function, arguments)
         return np.asarray(compiled(*arguments))
+
+    def computing(self, reference):
+        """The function that computes a reference, and its weights of each copy of the layer."""
+        if reference == "layer":
+            return self.function, self.weights
+        if reference == "vllm":
+            return functools.partial(self.function, numerics="vllm"), self.weights
+        unquantised = [
+            dataclasses.replace(
+                experts, activation_scheme="none", input_scale=None, hidden_scale=None
+            )
+            for (experts,) in self.weights
+        ]
+        return self.function, [(experts,) for experts in unquantised]

@@ -4,6 +4,8 @@
 that a token goes to, one at a time.
 """
 
+import functools
+
 import numpy as np
 import torch
 
@@ -17,10 +19,17 @@ BOUNDARIES = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
 BOUNDARIES[1::2] = np.nextafter(BOUNDARIES[1::2], np.float32(0))
 
 
+@functools.cache
+def tables(device):
+    """The values and the boundaries: there before a graph is captured, which cannot copy them."""
+    return torch.tensor(VALUES, device=device), torch.from_numpy(BOUNDARIES).to(device)
+
+
 def dequantise(codes, scale, gain):
     """Of any number of experts, to bfloat16."""
     nibbles = torch.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
-    blocks = torch.tensor(VALUES)[nibbles.int()].reshape(*scale.shape, 16)
+    table, _ = tables(codes.device)
+    blocks = table[nibbles.int()].reshape(*scale.shape, 16)
     values = blocks * (scale.float() * gain)[..., None]
     return values.reshape(nibbles.shape).bfloat16()
 
@@ -30,37 +39,41 @@ def quantise_dequantise(x, gain):
     gain, blocks = float(gain), x.float().reshape(len(x), -1, 16)
     scale = (blocks.abs().amax(-1) / 6 * gain).clamp(max=448).to(torch.float8_e4m3fn).float()
     scaled = (blocks * torch.where(scale == 0, 0, gain / scale)[..., None]).clamp(-6, 6)
-    nearest = torch.bucketize(scaled.abs(), torch.from_numpy(BOUNDARIES))
-    values = torch.tensor(VALUES)[nearest] * scaled.sign()
+    table, boundaries = tables(x.device)
+    values = table[torch.bucketize(scaled.abs(), boundaries)] * scaled.sign()
     return (values * (scale / gain)[..., None]).reshape(x.shape).bfloat16()
 
 
 class TorchHit(Contender):
     reference = "vllm"
     bound = 2e-2
+    device = torch.device("cpu")
 
     def __init__(self, layer, copies, scheme):
         super().__init__(layer, copies, scheme)
         if scheme != "static":
             raise Unavailable("the recipe knows static scales only")
         torch.set_num_threads(cores())
-        first = {role: self._tensors(role) for role in layers.ROLES}
+        first = {role: self.stored(role) for role in layers.ROLES}
         self.weights = [first]
         for _ in range(copies - 1):
             copied = {role: tuple(t.clone() for t in tensors) for role, tensors in first.items()}
             self.weights.append(copied)
-        self.weights_nbytes = copies * layer.nbytes
+        self.weights_nbytes = copies * sum(t.nbytes for tensors in first.values() for t in tensors)
 
-    def _tensors(self, role):
-        codes, scale = map(torch.from_numpy, layers.matrices(self.layer, role))
+    def stored(self, role):
+        """The tensors that it keeps of all experts' matrices."""
+        matrices = layers.matrices(self.layer, role)
+        codes, scale = (torch.from_numpy(array).to(self.device) for array in matrices)
         return codes, scale.view(torch.float8_e4m3fn)
 
-    def prepare(self, batches):
-        def tensors(batch):
-            x = torch.from_numpy(batch.x.astype(np.float32)).bfloat16()
-            return x, torch.from_numpy(batch.ids).long(), torch.from_numpy(batch.weights)
+    def tensors(self, batch):
+        x = torch.from_numpy(batch.x.astype(np.float32)).bfloat16()
+        found = x, torch.from_numpy(batch.ids).long(), torch.from_numpy(batch.weights)
+        return tuple(tensor.to(self.device) for tensor in found)
 
-        self.batches = [tensors(batch) for batch in batches]
+    def prepare(self, batches):
+        self.batches = [self.tensors(batch) for batch in batches]
         return {}
 
     def dequantised(self, copy):

@@ -1,4 +1,6 @@
-"""The emulation, run on a GPU: held to the float64 oracle, and its roundings to the bit.
+"""The emulation and the Triton kernels, run on a GPU: held to the float64 oracle.
+
+So are, to the bit, the roundings of the format.
 
 The tests are those that run on CPUs. XLA compiles other programs for a GPU, in which a rounding may
 be lost that is kept on a CPU, or a product be computed in TF32.
