@@ -7,6 +7,7 @@ COMMANDS = {  # each a module with a `main`
     "layer": "one layer, side by side with what else computes it",
     "gpu": "layers on a GPU, side by side, and the conformance suite there",
     "plot": "draw what `layer` wrote",
+    "decode": "the language model of examples/ at real sizes, a token at a time",
     "bridge": "what a call through the bridge costs the host",
     "loading": "how fast a checkpoint loads, and in how much memory",
 }

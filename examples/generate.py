@@ -30,11 +30,13 @@ SEPARATOR = "\n<|endoftext|>\n"  # between the texts of a held-out file
 
 @functools.partial(jax.jit, static_argnames=("temperature", "top_k"), donate_argnames="cache")
 def step(model, tokens, cache, start, key, temperature, top_k):
-    """Reads tokens [1, T], of which `start` precede them, and chooses the next one."""
+    """Reads tokens [B, T], of which `start` precede them, and chooses the next ones [B, 1]."""
     logits, cache = model(tokens, cache, start)
-    best, ids = lax.top_k(logits[0, -1], top_k or logits.shape[-1])
-    choice = jax.random.categorical(key, best / temperature) if temperature else 0
-    return ids[choice][None, None], cache, start + tokens.shape[1]
+    best, ids = lax.top_k(logits[:, -1], top_k or logits.shape[-1])
+    if temperature:
+        choice = jax.random.categorical(key, best / temperature)[:, None]
+        ids = jnp.take_along_axis(ids, choice, axis=1)
+    return ids[:, :1], cache, start + tokens.shape[1]
 
 
 def generate(model, prompt, count, *, temperature=0.5, top_k=40, seed=0):

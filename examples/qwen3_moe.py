@@ -82,6 +82,13 @@ def rotate(x, positions, theta):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def project(x, weight):
+    """X @ weight.T, which XLA:CPU would compute from a transposed copy of the weight."""
+    rows = x.reshape(-1, x.shape[-1])
+    columns = lax.dot_general(weight[...], rows, (((1,), (1,)), ((), ())))
+    return columns.T.reshape(*x.shape[:-1], -1)
+
+
 class Attention(nnx.Module):
     """Causal attention; groups of query heads share keys and values."""
 
@@ -96,7 +103,7 @@ class Attention(nnx.Module):
         positions = start + jnp.arange(x.shape[1])
 
         def heads(weight):
-            return (x @ weight[...].T).reshape(*x.shape[:2], -1, config.head_dim)
+            return project(x, weight).reshape(*x.shape[:2], -1, config.head_dim)
 
         def located(weight, norm):
             normed = rms_norm(heads(weight), norm, config.norm_eps)
@@ -112,7 +119,7 @@ class Attention(nnx.Module):
         visible = jnp.arange(k.shape[1]) <= positions[:, None]
         scores = jnp.where(visible, scores * config.head_dim**-0.5, -jnp.inf)
         mixed = jnp.einsum("bmgts,bsmd->btmgd", jax.nn.softmax(scores).astype(x.dtype), v)
-        return mixed.reshape(*x.shape[:2], -1) @ self.o[...].T, (k, v)
+        return project(mixed.reshape(*x.shape[:2], -1), self.o), (k, v)
 
 
 class DenseMoE(nnx.Module):
@@ -198,7 +205,7 @@ class Qwen3Moe(nnx.Module):
             x, new = layer(x, old, start)
             new_cache.append(new)
         x = rms_norm(x, self.norm, self.config.norm_eps)
-        return (x @ self.head[...].T).astype(jnp.float32), new_cache
+        return project(x, self.head).astype(jnp.float32), new_cache
 
     def empty_cache(self, batch, length):
         """Keys and values [B, S, M, D] of each layer, for S = length tokens."""

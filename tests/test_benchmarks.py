@@ -7,11 +7,23 @@ import subprocess
 import sys
 import time
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_rates, gpu_tests, layers, machine, measuring, memory, plot, results
+from benchmarks import (
+    decode,
+    gpu,
+    gpu_rates,
+    gpu_tests,
+    layers,
+    machine,
+    measuring,
+    memory,
+    plot,
+    results,
+)
 from benchmarks.contenders import ggml_blocks, load
 from benchmarks.contenders.base import Unavailable
 from benchmarks.gpu_scale import FULL
@@ -52,7 +64,7 @@ def test_small_layers_are_there_several_times():
 # ------------------------------------------------------------------------------------- contenders
 
 
-def decode(blocks):
+def unblocked(blocks):
     """ggml's NVFP4, as its format is described, with its halved scales and its doubled codes."""
     scale, data = blocks[..., :4], blocks[..., 4:].reshape(*blocks.shape[:-1], 4, 8)
     codes = np.concatenate([data & 15, data >> 4], axis=-1)
@@ -67,9 +79,9 @@ def test_ggml_blocks_hold_the_same_values():
     want = E2M1[elements] * block_scale.repeat(16, axis=-1)
     blocks = ggml_blocks.blocks(codes, scale)
     assert blocks.shape == (128, 2, 36) and blocks.dtype == np.uint8
-    np.testing.assert_array_equal(decode(blocks), want)
+    np.testing.assert_array_equal(unblocked(blocks), want)
     unpermuted = np.concatenate([scale.reshape(128, 2, 4), codes.reshape(128, 2, 32)], axis=-1)
-    assert (decode(unpermuted) != want).mean() > 0.5
+    assert (unblocked(unpermuted) != want).mean() > 0.5
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +165,18 @@ def test_what_takes_too_long_is_ended():
             remote.ask("wait", 0.0)
     finally:
         remote.close()
+
+
+def test_decoding(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "LAYER", TINY)
+    output = tmp_path / "decode.jsonl"
+    options = ["--layers", "1", "--tokens", "2", "--turns", "1", "--texts", "3"]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        decode.main([*options, "--output", str(output)])
+    header, *lines = results.read(output)
+    assert header["vocabulary"] == decode.VOCABULARY // 48
+    assert [line["implementation"] for line in lines] == ["cpu", "emulation"]
+    assert all(line["texts"] == 3 and line["steps"] == 2 for line in lines)
 
 
 # ------------------------------------------------------------------------------------- on a GPU

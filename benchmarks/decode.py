@@ -1,0 +1,164 @@
+"""Decodes with the language model of examples/, at a real model's sizes, experts by either way.
+
+    python -m benchmarks decode --layers 4 --output benchmarks/results/decode-qwen3-30b.jsonl
+
+Qwen3-30B-A3B's layers with random weights, as many of its 48 as --layers says, and as large a part
+of its vocabulary, so that a step is that part of the whole model's. All but the experts is float32.
+(The example's own tiny model has experts of 0.3 MB a layer, which decide nothing.)
+
+Both models are one, with the same weights; they take turns of --tokens tokens, chosen as the most
+likely, a step at a time, as the example does.
+"""
+
+import argparse
+import functools
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+import jax_nvfp4_moe as nvm
+from benchmarks import machine, measuring, results
+from benchmarks.contenders.ours import random_experts
+from benchmarks.layers import LAYERS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import generate
+import qwen3_moe
+
+LAYER = LAYERS["qwen3-30b"]
+IMPLEMENTATIONS = "cpu", "emulation"
+# Of Qwen3-30B-A3B's config.json.
+NUM_LAYERS, VOCABULARY, HEADS, KV_HEADS, HEAD_DIM = 48, 151_936, 32, 4, 128
+PROMPT = 16  # tokens
+
+
+def random_tensors(num_layers, dtype):
+    """All that is not an expert, by the names of a checkpoint, at which x keeps its magnitude."""
+    keys = iter(jax.random.split(jax.random.key(0), 5 * num_layers + 1))
+    hidden = LAYER.hidden
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def matrix(key, rows, columns):
+        return jax.random.normal(key, (rows, columns), dtype) / columns**0.5
+
+    vocabulary = VOCABULARY * num_layers // NUM_LAYERS
+    yield "model.embed_tokens.weight", matrix(next(keys), vocabulary, hidden) * hidden**0.5
+    yield "model.norm.weight", jnp.ones(hidden, dtype)
+    for index in range(num_layers):
+        prefix = f"model.layers.{index}"
+        for name, rows, columns in (
+            ("q", HEADS * HEAD_DIM, hidden),
+            ("k", KV_HEADS * HEAD_DIM, hidden),
+            ("v", KV_HEADS * HEAD_DIM, hidden),
+            ("o", hidden, HEADS * HEAD_DIM),
+        ):
+            yield f"{prefix}.self_attn.{name}_proj.weight", matrix(next(keys), rows, columns)
+        for name, size in (
+            ("self_attn.q_norm", HEAD_DIM),
+            ("self_attn.k_norm", HEAD_DIM),
+            ("input_layernorm", hidden),
+            ("post_attention_layernorm", hidden),
+        ):
+            yield f"{prefix}.{name}.weight", jnp.ones(size, dtype)
+
+
+def random_model(num_layers, dtype):
+    """The example's model."""
+    routing = nvm.Routing("renormalize_naive", top_k=LAYER.top_k)
+    experts = random_experts(LAYER, "static")
+    layers = {}
+    for index in range(num_layers):
+        router = jax.random.normal(jax.random.key(index), (LAYER.experts, LAYER.hidden), dtype)
+        layers[index] = nvm.MoeLayer(
+            nvm.Router(router / LAYER.hidden**0.5, routing),
+            jax.tree.map(jnp.copy, experts),
+            nvm.Activation("silu"),
+        )
+    config = qwen3_moe.Config(num_layers, KV_HEADS, HEAD_DIM, 1e6, 1e-6, routing)
+    return qwen3_moe.Qwen3Moe(config, dict(random_tensors(num_layers, dtype)), layers, dtype)
+
+
+class Decoder:
+    """A model with one implementation of its experts, as `measuring.turns` wants contenders."""
+
+    def __init__(self, name, model, texts, tokens):
+        self.name, self.model, self.texts, self.tokens = name, model, texts, tokens
+
+    def burst(self, seconds):
+        """Seconds of each step but the first, which reads the prompts."""
+        for block in self.model.layers:
+            block.moe.implementation = self.name
+        tokens = jax.random.randint(jax.random.key(1), (self.texts, PROMPT), 0, 1000)
+        state = tokens, self.model.empty_cache(self.texts, PROMPT + self.tokens), jnp.int32(0)
+        times = []
+        for _ in range(1 + self.tokens):
+            begin = time.perf_counter()
+            state = generate.step(self.model, *state, jax.random.key(0), 0.0, 1)
+            state[0].block_until_ready()
+            times.append(time.perf_counter() - begin)
+        return times[1:]
+
+
+def measured(model, texts, args, console):
+    """A line for each implementation."""
+    decoders = [Decoder(name, model, texts, args.tokens) for name in IMPLEMENTATIONS]
+    with console.status(f"{texts} texts: compiling"):
+        for decoder in decoders:
+            decoder.burst(0)
+    neighbours = machine.Neighbours([])
+    with console.status(f"{texts} texts: decoding") as status:
+        times = measuring.turns(decoders, args.turns, 0, float("inf"), status.update)
+    lines = [
+        {
+            "implementation": name,
+            "texts": texts,
+            "steps": len(times[name]),
+            **measuring.spread(times[name]),
+            "others_share": round(neighbours.share(), 3),
+        }
+        for name in IMPLEMENTATIONS
+    ]
+    fastest = lines[0]["median_ms"]
+    return [{**line, "times_as_long": round(line["median_ms"] / fastest, 2)} for line in lines]
+
+
+def main(arguments):
+    args = _parser().parse_args(arguments)
+    console = Console(stderr=True)
+    with console.status(f"making {args.layers} layers"):
+        model = random_model(args.layers, jnp.dtype("float32"))
+    header = {
+        "command": results.command_line("decode", arguments),
+        **machine.describe(),
+        "layers": args.layers,
+        "of_layers": NUM_LAYERS,
+        "vocabulary": len(model.embed[...]),
+    }
+    lines = [header]
+    for texts in args.texts:
+        lines += measured(model, texts, args, console)
+        for line in lines[-len(IMPLEMENTATIONS) :]:
+            print(json.dumps(line), flush=True)
+    if args.output:
+        results.write(args.output, lines)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--layers", type=int, default=4, help="of 48 (default: 4)")
+    parser.add_argument("--tokens", type=int, default=16, help="of a turn (default: 16)")
+    parser.add_argument("--turns", type=int, default=6, help="default: 6")
+    parser.add_argument(
+        "--texts", type=int, nargs="+", default=[1, 16], help="written at once (default: 1 16)"
+    )
+    results.add_output(parser)
+    return parser
