@@ -17,7 +17,7 @@ from tests.conformance import (
     SLOW_CASES,
     Case,
     check,
-    make_layer,
+    layer_of,
     reference,
     run,
 )
@@ -29,8 +29,8 @@ from tests.conformance import (
     [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)],
     ids=str,
 )
-def test_matches_float64(case, implementation, rng, record_property):
-    layer = make_layer(case, rng)
+def test_matches_float64(case, implementation, record_property):
+    layer = layer_of(case)
     got, want = run(layer, implementation), reference(layer)
     record_property("relative_l2", float(oracle.relative_l2(got, want.out)))
     record_property("ties", check(got, want))
@@ -39,8 +39,8 @@ def test_matches_float64(case, implementation, rng, record_property):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("target", ["trtllm", "cute_dsl"])
 @pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
-def test_every_layout_gives_the_same_bits(case, target, implementation, rng):
-    layer = make_layer(case, rng)
+def test_every_layout_gives_the_same_bits(case, target, implementation):
+    layer = layer_of(case)
     prepared = nvm.prepare(layer.experts, target)
     assert prepared.layout == target
     np.testing.assert_array_equal(
@@ -58,8 +58,8 @@ def test_every_layout_gives_the_same_bits(case, target, implementation, rng):
         pytest.param(2, "none", marks=pytest.mark.slow),
     ],
 )
-def test_eager_matches_float64(tokens, scheme, implementation, rng):
-    layer = make_layer(Case(tokens=tokens, num_experts=4, scheme=scheme), rng)
+def test_eager_matches_float64(tokens, scheme, implementation):
+    layer = layer_of(Case(tokens=tokens, num_experts=4, scheme=scheme))
     with jax.disable_jit():
         got = run(layer, implementation)
     check(got, reference(layer))
@@ -67,8 +67,8 @@ def test_eager_matches_float64(tokens, scheme, implementation, rng):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("tokens", [2, 40])
-def test_ids_out_of_range_contribute_nothing(tokens, implementation, rng):
-    layer = make_layer(Case(tokens=tokens), rng)
+def test_ids_out_of_range_contribute_nothing(tokens, implementation):
+    layer = layer_of(Case(tokens=tokens))
     ids = layer.ids.copy()
     ids[::2, 0], ids[1::2, 1] = -1, 1000
     ids[0] = -5
@@ -80,8 +80,8 @@ def test_ids_out_of_range_contribute_nothing(tokens, implementation, rng):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", conformance.DTYPES)
-def test_no_tokens(dtype, implementation, rng):
-    layer = make_layer(Case(tokens=0, dtype=dtype), rng)
+def test_no_tokens(dtype, implementation):
+    layer = layer_of(Case(tokens=0, dtype=dtype))
     got = run(layer, implementation, output_dtype=None)
     assert got.shape == (0, 128)
     assert got.dtype == layer.x.dtype
@@ -89,8 +89,8 @@ def test_no_tokens(dtype, implementation, rng):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("output", conformance.DTYPES)
-def test_output_is_rounded_once(output, implementation, rng):
-    layer = make_layer(Case(dtype="float32"), rng)
+def test_output_is_rounded_once(output, implementation):
+    layer = layer_of(Case(dtype="float32"))
     exact = run(layer, implementation)
     got = run(layer, implementation, output_dtype=output)
     assert got.dtype == jnp.dtype(output)
@@ -104,8 +104,8 @@ def test_output_is_rounded_once(output, implementation, rng):
     [{"swap_gate_up": True}, {"nibbles": "high even"}, {"global_scales": False}],
     ids=lambda mistake: next(iter(mistake)),
 )
-def test_mistakes_fail(mistake, tokens, implementation, rng):
-    layer = make_layer(Case(tokens=tokens), rng)
+def test_mistakes_fail(mistake, tokens, implementation):
+    layer = layer_of(Case(tokens=tokens))
     wrong = reference(layer, **mistake)
     assert oracle.relative_l2(run(layer, implementation), wrong.out) > 100 * conformance.GATE
     with pytest.raises(pytest.fail.Exception):
@@ -114,8 +114,8 @@ def test_mistakes_fail(mistake, tokens, implementation, rng):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("tokens", [2, 40])
-def test_mistaken_scales_fail(tokens, implementation, rng):
-    layer = make_layer(Case(tokens=tokens), rng)
+def test_mistaken_scales_fail(tokens, implementation):
+    layer = layer_of(Case(tokens=tokens))
     want, experts = reference(layer), layer.experts
     mistakes = {
         "input scale of one expert": dataclasses.replace(

@@ -536,15 +536,18 @@ def test_nan_marks_its_block(rng):
     np.testing.assert_array_equal(np.isnan(values), np.repeat(marked, 16, axis=1))
 
 
-def test_nan_spreads_to_the_scale_computed_from_it(rng):
-    x = mixed_rows(rng, 3, 32)
-    x[1, 5] = np.nan
+@pytest.mark.parametrize("shape", [(3, 32), (60, 128), (8, 64, 256)], ids=str)
+def test_nan_spreads_to_the_scale_computed_from_it(shape, rng):
+    # XLA:CPU's maximum of floats drops the NaN in the larger two.
+    x = mixed_rows(rng, *shape)
+    x[..., 1, 5].flat[-1] = np.nan
+    marked = np.isnan(x).any(axis=-1)
     assert np.isnan(nvm.quantize(x).global_scale)
     q = nvm.quantize(x, per="row")
-    np.testing.assert_array_equal(np.isnan(q.global_scale), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(q.global_scale), marked)
     values = np.asarray(nvm.dequantize(q, jnp.float32))
-    np.testing.assert_array_equal(np.isnan(values).all(axis=1), [False, True, False])
-    np.testing.assert_array_equal(np.isnan(values).any(axis=1), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(values).all(axis=-1), marked)
+    np.testing.assert_array_equal(np.isnan(values).any(axis=-1), marked)
 
 
 def test_infinities_saturate_at_a_given_scale():

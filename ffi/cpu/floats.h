@@ -14,6 +14,8 @@ namespace {
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+// What is long, and called for many blocks at once: each copy would only have to be compiled.
+#define OUTLINE __attribute__((noinline))
 
 // As wide as the instructions are: compilers take wider vectors apart element by element.
 #if defined(__AVX512F__)

@@ -55,7 +55,8 @@ INLINE void DecodeScales8x16(const __m128i* v, float* to, int64_t stride) {
   }
 }
 
-INLINE void DecodeScalesOf8(const uint8_t* const* rows, int64_t count, float* to, int64_t stride) {
+OUTLINE void DecodeScalesOf8(const uint8_t* const* rows, int64_t count, float* to,
+                             int64_t stride) {
   __m128i v[8], most = _mm_setzero_si128();
   int64_t b = 0;
   const auto load = [&](int i, const uint8_t* from) {

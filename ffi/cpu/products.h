@@ -78,7 +78,7 @@ struct Lanes {
   const uint8_t* codes[Engine::kLanes];
   const uint8_t* scales[Engine::kLanes];
 
-  INLINE Lanes(const Rows& rows, int64_t row, int64_t from, int64_t count, Scratch* scratch) {
+  OUTLINE Lanes(const Rows& rows, int64_t row, int64_t from, int64_t count, Scratch* scratch) {
     const Matrix& m = *rows.matrix;
     for (int64_t lane = 0; lane < Engine::kLanes; ++lane) {
       const int64_t stored = rows.Stored(row + lane);

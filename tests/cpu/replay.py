@@ -9,7 +9,6 @@ python -m tests.cpu.replay check avx512.txt
 import json
 import shlex
 import subprocess
-import zlib
 from pathlib import Path
 
 import click
@@ -37,10 +36,6 @@ CASES = (
     *((case, "linear") for case in (*conformance.CASES, *conformance.SLOW_CASES)),
     *((case, layout) for case in conformance.LAYOUT_CASES for layout in ("trtllm", "cute_dsl")),
 )
-
-
-def layer_of(case):
-    return conformance.make_layer(case, np.random.default_rng(zlib.crc32(str(case).encode())))
 
 
 def recorded_call(layer, experts):
@@ -73,7 +68,7 @@ def record(directory):
     """Writes a file for each call of the conformance suite."""
     directory.mkdir(parents=True, exist_ok=True)
     for number, (case, layout) in enumerate(track(CASES, "Recording")):
-        layer = layer_of(case)
+        layer = conformance.layer_of(case)
         experts = layer.experts if layout == "linear" else nvm.prepare(layer.experts, layout)
         write(directory / f"{number:03}.call", *recorded_call(layer, experts))
 
@@ -135,7 +130,7 @@ def check(outputs, report):
     results = {path.stem: read(path) for path in outputs}
     found = {name: [] for name in results}
     for number, (case, layout) in enumerate(track(CASES, "Checking")):
-        layer = layer_of(case)
+        layer = conformance.layer_of(case)
         want, emulated = conformance.reference(layer), conformance.run(layer, "emulation")
         for name, arrays in results.items():
             got = arrays[number].view(np.float32).reshape(layer.x.shape)
