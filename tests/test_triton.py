@@ -108,8 +108,7 @@ def test_ids_out_of_range_contribute_nothing(tokens, rng):
     np.testing.assert_array_equal(got[0], 0)
 
 
-@pytest.mark.parametrize("tokens", [2, 40])
-@pytest.mark.parametrize("scheme", conformance.SCHEMES)
+@pytest.mark.parametrize(("scheme", "tokens"), zip(conformance.SCHEMES, (3, 40, 3), strict=True))
 def test_nan_and_infinity_as_in_emulation(scheme, tokens, rng):
     layer = make_layer(Case(tokens=tokens, scheme=scheme), rng)
     x = layer.x.copy()
@@ -117,7 +116,7 @@ def test_nan_and_infinity_as_in_emulation(scheme, tokens, rng):
     layer = dataclasses.replace(layer, x=x)
     got, want = run(layer, INTERPRETED), run(layer, "emulation")
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
-    assert np.isnan(got[0]).all() and np.isfinite(got[2:] if tokens > 2 else 0).all()
+    assert np.isnan(got[0]).all() and np.isfinite(got[2:]).all()
 
 
 # ------------------------------------------------------------------------------------- transforms
@@ -143,12 +142,6 @@ def test_transforms(rng):
 
     _, steps = jax.lax.scan(step, x.astype(jnp.float32), None, length=2)
     np.testing.assert_array_equal(steps[0], call(x, ids, weights))
-    x32 = x.astype(jnp.float32)
-    grads = [
-        jax.grad(lambda x, i=i: call(x, ids, weights, i).sum())(x32)
-        for i in (INTERPRETED, "emulation")
-    ]
-    np.testing.assert_array_equal(*grads)
 
 
 def split_over_four(experts, implementation, **options):
