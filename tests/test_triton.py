@@ -108,7 +108,7 @@ def test_ids_out_of_range_contribute_nothing(tokens, rng):
     np.testing.assert_array_equal(got[0], 0)
 
 
-@pytest.mark.parametrize(("scheme", "tokens"), zip(conformance.SCHEMES, (3, 40, 3), strict=True))
+@pytest.mark.parametrize(("scheme", "tokens"), [("static", 3), ("per_token", 40), ("none", 3)])
 def test_nan_and_infinity_as_in_emulation(scheme, tokens, rng):
     layer = make_layer(Case(tokens=tokens, scheme=scheme), rng)
     x = layer.x.copy()

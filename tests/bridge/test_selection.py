@@ -25,6 +25,7 @@ from jax_nvfp4_moe.implementations._trtllm_sizes import Sizes, workspace_bytes
 from tests.bridge.abstract_gpu import (
     B200,
     B300,
+    TRITON,
     E,
     H,
     K,
@@ -263,6 +264,7 @@ def test_a_program_for_another_gpu(add):
         "NVIDIA H200", lambda *args: nvm.nvfp4_moe(*args, ROUTING), x, logits, experts
     )
     assert calls_of(made) == []
+    assert made.mlir_module().count(f"@{TRITON}(") == 3
 
 
 def test_biases_limits_and_scales_of_tokens(add):
