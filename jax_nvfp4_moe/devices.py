@@ -10,19 +10,9 @@ _CAPABILITIES = {"b100": "10.0", "b200": "10.0", "b300": "10.3"}
 
 # Words in the names of older NVIDIA GPUs that JAX still runs on, of compute capability 5.0 to 7.5,
 # the first whose tensor cores have bfloat16 being 8.0.
-_BEFORE_SM80 = {
-    "gtx",
-    "titan",
-    "quadro",
-    "v100",
-    "p100",
-    "m40",
-    "m60",
-    "p4",
-    "p40",
-    "t4",
-    "t1000",
-} | {"2060", "2070", "2080"}
+_BEFORE_SM80 = set(
+    "gtx titan quadro v100 p100 m40 m60 p4 p40 t4 t1000 2060 2070 2080".split()  # noqa: SIM905
+)
 _HOPPER = {"h100", "h200", "h800", "h20", "gh200"}
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_nvfp4_moe import devices
 from jax_nvfp4_moe.arrangement import row_orders
 from jax_nvfp4_moe.experts import ExpertWeights
-from jax_nvfp4_moe.format import Nvfp4Array, expand_global_scale, round_to
+from jax_nvfp4_moe.format import Nvfp4Array, expand_global_scale
 from jax_nvfp4_moe.implementations import _triton_epilogues as epilogues
 from jax_nvfp4_moe.implementations import emulation
 from jax_nvfp4_moe.implementations._contractions import Rows
@@ -51,12 +51,7 @@ def run(
     # Rows of ids out of range are in no tile: nothing was written there.
     valid = (ids >= 0) & (ids < experts.num_experts)
     rows = jnp.where(valid[..., None], rows, jnp.zeros_like(rows))
-    if call.axis_name is not None:
-        # Each row is zero on all devices but one, so this sum is exact and keeps the slot order.
-        rows = lax.psum(rows, call.axis_name)
-    with jax.named_scope("combine"):
-        total = recipe.combine(rows.astype(jnp.float32), topk_weights)
-        return round_to(total, call.output_dtype).astype(call.output_dtype)
+    return emulation.combined(recipe, rows, topk_weights)
 
 
 @dataclasses.dataclass(frozen=True)

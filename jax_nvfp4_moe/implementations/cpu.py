@@ -19,7 +19,6 @@ from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.format import Nvfp4Array, expand_global_scale, round_to
 from jax_nvfp4_moe.implementations import emulation
-from jax_nvfp4_moe.implementations._grouping import expected_hits
 from jax_nvfp4_moe.implementations._recipes import Recipe
 from jax_nvfp4_moe.implementations.base import Call, Problem
 from jax_nvfp4_moe.routing import Routing, route
@@ -69,9 +68,7 @@ class Cpu:
         """The instructions it would use, and the packed bytes it reads."""
         levels = library.cpu_levels()
         level = self.level or next(name for name, there in levels.items() if there)
-        hits = expected_hits(problem.tokens, problem.top_k, problem.experts.num_experts)
-        megabytes = hits * problem.experts.nbytes / problem.experts.num_experts / 1e6
-        return f"{level}; reads about {megabytes:.1f} MB of packed weights for {hits:.0f} experts"
+        return f"{level}; {emulation.packed_reads(problem)}"
 
     def run(
         self,

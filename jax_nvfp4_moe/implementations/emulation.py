@@ -61,8 +61,15 @@ def describe(problem: Problem) -> str:
     hits = expected_hits(*sizes)
     reads = tokens * top_k if gathers else hits
     how = "gather" if gathers else f"grouped, tiles of {tile_rows(*sizes)} rows"
-    megabytes = reads * experts.nbytes / experts.num_experts / 1e6
-    return f"{how}; reads about {megabytes:.1f} MB of packed weights for {hits:.0f} experts"
+    return f"{how}; {packed_reads(problem, reads)}"
+
+
+def packed_reads(problem: Problem, reads: float | None = None) -> str:
+    """What a call reads of the weights: so many experts, by default each one that is hit, once."""
+    experts = problem.experts
+    hits = expected_hits(problem.tokens, problem.top_k, experts.num_experts)
+    megabytes = (hits if reads is None else reads) * experts.nbytes / experts.num_experts / 1e6
+    return f"reads about {megabytes:.1f} MB of packed weights for {hits:.0f} experts"
 
 
 def run(
@@ -81,6 +88,14 @@ def run(
     tokens, top_k = topk_ids.shape
     form = _gather if _gathers(tokens, top_k, experts.num_experts) else _grouped
     rows = form(recipe, recipe.input_rows(values, experts), ids, topk_weights, experts)
+    return combined(recipe, rows, topk_weights)
+
+
+def combined(
+    recipe: Recipe, rows: Float[Array, "T K H"], topk_weights: Float32[Array, "T K"]
+) -> Float[Array, "T H"]:
+    """The layer's output, from every pair's row; rows of experts on other devices are zero here."""
+    call = recipe.call
     if call.axis_name is not None:
         # Each row is zero on all devices but one, so this sum is exact and keeps the slot order.
         rows = lax.psum(rows, call.axis_name)

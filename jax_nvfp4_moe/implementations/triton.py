@@ -25,7 +25,6 @@ from jax_nvfp4_moe import devices
 from jax_nvfp4_moe._messages import described
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.implementations import emulation
-from jax_nvfp4_moe.implementations._grouping import expected_hits
 from jax_nvfp4_moe.implementations._triton_tilings import tilings
 from jax_nvfp4_moe.implementations.base import Call, Problem
 from jax_nvfp4_moe.routing import Routing, route
@@ -69,10 +68,7 @@ class Triton:
         """How it would cut the work, and the packed bytes it reads."""
         sizes = problem.tokens, problem.top_k, problem.experts.num_experts
         chosen = tilings(*sizes, problem.device_kind)
-        hits = expected_hits(*sizes)
-        megabytes = hits * problem.experts.nbytes / problem.experts.num_experts / 1e6
-        reads = f"reads about {megabytes:.1f} MB of packed weights for {hits:.0f} experts"
-        return f"{chosen.describe()}; {reads}"
+        return f"{chosen.describe()}; {emulation.packed_reads(problem)}"
 
     def run(
         self,
