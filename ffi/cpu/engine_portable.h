@@ -14,7 +14,7 @@ constexpr int8_t kDoubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6,
 
 struct Portable {
   static constexpr int64_t kLanes = 8, kVectors = 1;
-  static constexpr bool kTiles = false;
+  static constexpr bool kAlong = false, kTiles = false;
   struct Sums {
     float lane[kLanes];
   };

@@ -87,10 +87,8 @@ struct Layer {
   int64_t hidden_chunk, output_chunk;  // columns of I and of H that one task computes
   Form form;                           // of what the products take
   void* input;                         // [T, H / 16] of that form
-  Narrow* input_tiles;                 // the same for units of many tokens, or null
   float* input_global;                 // [T]: decode scales
   void* hidden;                        // [P, I / 16]
-  Narrow* hidden_tiles;                // likewise
   float* hidden_values;                // [P, I]: before they are quantised, for kPerToken
   float* hidden_global;                // [P]
   void* outputs;                       // [T, K, H]: bfloat16 where rounded to that, else float
@@ -99,8 +97,8 @@ struct Layer {
 // The stages of a call, compiled for one instruction set. Each does one task, numbered from 0, and
 // needs all tasks of the stage before.
 struct Stages {
-  bool narrow;  // takes kNarrow where activations are bfloat16, not kValues
-  bool tiles;   // takes `input_tiles` and `hidden_tiles` for more than kFew tokens
+  bool narrow;   // takes kNarrow where activations are bfloat16, not kValues
+  int64_t rows;  // of weights that a task multiplies, at most
   void (*input)(const Layer&, int64_t token, void* scratch);
   void (*hidden)(const Layer&, int64_t task, void* scratch);
   void (*requantize)(const Layer&, int64_t pair, void* scratch);  // for kPerToken alone
@@ -108,11 +106,11 @@ struct Stages {
   void (*combine)(const Layer&, int64_t task, void* scratch);
 };
 
-constexpr int64_t kFew = 8;                 // tokens whose sums are in registers at once
-constexpr int64_t kTaskTokens = 64;         // at most, of a Unit
-constexpr int64_t kCombineChunk = 512;      // columns of H that a task of `combine` adds
-constexpr int64_t kHiddenChunk = 64;        // at most, of I
-constexpr int64_t kOutputChunk = 128;       // at most, of H
+constexpr int64_t kFew = 8;             // tokens whose sums are in registers at once
+constexpr int64_t kTaskTokens = 64;     // at most, of a Unit
+constexpr int64_t kCombineChunk = 512;  // columns of H that a task of `combine` adds
+constexpr int64_t kFewRows = 128;       // Stages::rows, where sums should stay in the first cache
+constexpr int64_t kMostRows = 1024;     // and where preparing tokens takes long
 constexpr int64_t kScratchBytes = 2 << 20;  // of each thread
 
 }  // namespace jax_nvfp4_moe::cpu

@@ -11,6 +11,8 @@
 //   Transpose(rows, offset, packed)   4 blocks of each row, from byte `offset` on
 //   DecodeScales(rows, count, to)     [count, kLanes] floats, times 2**-8
 //   Unpack(packed, scales), Broadcast(block), Add(sums, weights, operand), Zero, Load, Store
+//   kAlong            has a type Along (along.h), which is better for few tokens
+//   kTiles            has kFewest and MultiplyByTiles, which is better for more than those
 //
 // Few tokens: weights are decoded in registers, for up to kFew tokens, and the memory's speed is
 // the limit. Many: a panel of decoded weights, small enough for the fastest cache, meets one token
@@ -22,55 +24,13 @@
 #include <cstdint>
 #include <cstring>
 
-#include "floats.h"
-#include "layer.h"
+#include "along.h"
+#include "rows.h"
 
 namespace jax_nvfp4_moe::cpu {
 namespace {
 
-constexpr int64_t kStep = 4;          // blocks that are transposed together
-constexpr int64_t kDepth = 128;       // blocks whose scales are decoded together, when they are few
-constexpr int64_t kPanelBlocks = 16;  // of a panel
-constexpr int64_t kMaxLanes = 16;
-
-// What a task multiplies: rows of one expert's matrix, in up to two runs (gate and up).
-struct Rows {
-  const Matrix* matrix;
-  int64_t expert;
-  int64_t first[2];
-  int64_t runs;
-  int64_t length;  // of each run, a multiple of 16
-
-  int64_t count() const { return runs * length; }
-
-  INLINE int64_t Stored(int64_t row) const {
-    const int64_t run = row >= length;
-    const int64_t logical = first[run] + row - run * length;
-    return matrix->order == nullptr ? logical : matrix->order[logical];
-  }
-};
-
-struct Scratch {
-  float sums[kTaskTokens * 2 * kOutputChunk];
-  float scales[kMaxLanes * kDepth];
-  uint8_t row_scales[kMaxLanes][kDepth];
-  alignas(64) uint8_t blocks[kTaskTokens * kPanelBlocks * sizeof(Values)];
-  alignas(64) uint8_t panel[512 << 10];
-};
-static_assert(kFew * kDepth <= kTaskTokens * kPanelBlocks);
-static_assert(sizeof(Scratch) <= kScratchBytes);
-
-// `count` scales of a row, from block `from` on: where they are, or a copy of them.
-INLINE const uint8_t* RowScales(const Rows& rows, int64_t stored, int64_t from, int64_t count,
-                                uint8_t* copy) {
-  const Matrix& m = *rows.matrix;
-  const uint8_t* base = m.scales + rows.expert * m.stored_rows * m.scale_stride;
-  if (!m.swizzled) return base + stored * m.scale_stride + from;
-  const uint8_t* tiles =
-      base + stored / 128 * 128 * m.scale_stride + stored % 32 * 16 + stored % 128 / 32 * 4;
-  for (int64_t i = 0; i < count; ++i) copy[i] = tiles[(from + i) / 4 * 512 + (from + i) % 4];
-  return copy;
-}
+constexpr int64_t kStep = 4;  // blocks that are transposed together
 
 // Rows `row` .. `row + kLanes - 1`, from block `from` on.
 template <class Engine>
@@ -79,11 +39,9 @@ struct Lanes {
   const uint8_t* scales[Engine::kLanes];
 
   OUTLINE Lanes(const Rows& rows, int64_t row, int64_t from, int64_t count, Scratch* scratch) {
-    const Matrix& m = *rows.matrix;
     for (int64_t lane = 0; lane < Engine::kLanes; ++lane) {
       const int64_t stored = rows.Stored(row + lane);
-      codes[lane] =
-          m.codes + (rows.expert * m.stored_rows + stored) * m.code_stride + from * (kBlock / 2);
+      codes[lane] = rows.Codes(stored, from);
       scales[lane] = RowScales(rows, stored, from, count, scratch->row_scales[lane]);
     }
   }
@@ -111,26 +69,15 @@ struct Lanes {
 
 // ------------------------------------------------------------------------------------- few tokens
 
-// Fetches `bytes` of each of `count` rows into the cache.
-INLINE void Prefetch(const void* first, int64_t count, int64_t stride, int64_t bytes) {
-  for (int64_t row = 0; row < count; ++row) {
-    for (int64_t byte = 0; byte < bytes; byte += 64) {
-      __builtin_prefetch(static_cast<const uint8_t*>(first) + row * stride + byte);
-    }
-  }
-}
-
 // The codes and scales of the next rows, which are fetched while these are multiplied: as many
 // bytes for each block as these have. Where rows are stored out of order it is others that are
 // fetched.
 class Ahead {
  public:
   INLINE Ahead(const Rows& rows, int64_t row, int64_t from, int64_t count) {
-    const Matrix& m = *rows.matrix;
-    const int64_t place = rows.expert * m.stored_rows + rows.Stored(row);
-    line_ = m.codes + place * m.code_stride + from * (kBlock / 2);
-    scales_ = m.scales + place * m.scale_stride + from;
-    stride_ = m.code_stride;
+    line_ = rows.Codes(rows.Stored(row), from);
+    scales_ = rows.Scales(rows.Stored(row), from);
+    stride_ = rows.matrix->code_stride;
     bytes_ = count * (kBlock / 2);
   }
 
@@ -252,13 +199,13 @@ void MultiplyChunk(const Rows& rows, int64_t row, int64_t next_row, int64_t next
           panel[b * kVectors + v] = Engine::Unpack(packed, scratch->scales + b * Engine::kLanes);
         });
   }
-  const Matrix& m = *rows.matrix;
-  const uint8_t* const next = m.codes + next_from * (kBlock / 2) +
-                              (rows.expert * m.stored_rows + rows.Stored(next_row)) * m.code_stride;
+  const int64_t stride_of_codes = rows.matrix->code_stride;
+  const uint8_t* const next = rows.Codes(rows.Stored(next_row), next_from);
   const Block* const blocks = reinterpret_cast<const Block*>(scratch->blocks);
   for (int64_t t = 0; t < chunk.num_tokens; ++t) {
     const int64_t begin = kRows * t / chunk.num_tokens, end = kRows * (t + 1) / chunk.num_tokens;
-    Prefetch(next + begin * m.code_stride, end - begin, m.code_stride, kPanelBlocks * kBlock / 2);
+    Prefetch(next + begin * stride_of_codes, end - begin, stride_of_codes,
+             kPanelBlocks * kBlock / 2);
     if (row == 0 && !chunk.last) {
       Prefetch(chunk.tokens[t] + chunk.from + chunk.count, 1, 0, kPanelBlocks * sizeof(Block));
     }
@@ -289,26 +236,42 @@ void MultiplyMany(const Rows& rows, const typename Engine::Block* const* tokens,
   }
 }
 
-// ------------------------------------------------------------------------------------- either
+// ------------------------------------------------------------------------------------- any number
+
+template <int kValue>
+struct Constant {
+  constexpr operator int() const { return kValue; }
+};
 
 // sums[t * stride + r] = the product of row r with token t's blocks, without global scales.
 template <class Engine>
 void Multiply(const Rows& rows, const typename Engine::Block* const* tokens, int64_t num_tokens,
               float* sums, int64_t stride, Scratch* scratch) {
-#define CASE(n) \
-  case n:       \
-    return MultiplyFew<Engine, n>(rows, tokens, sums, stride, scratch)
+  const auto few = [&](auto count) INLINE_LAMBDA {
+    if constexpr (Engine::kAlong) {
+      MultiplyAlong<typename Engine::Along, count>(rows, tokens, sums, stride, scratch);
+    } else {
+      MultiplyFew<Engine, count>(rows, tokens, sums, stride, scratch);
+    }
+  };
   switch (num_tokens) {
-    CASE(1);
-    CASE(2);
-    CASE(3);
-    CASE(4);
-    CASE(5);
-    CASE(6);
-    CASE(7);
-    CASE(8);
+    case 1:
+      return few(Constant<1>());
+    case 2:
+      return few(Constant<2>());
+    case 3:
+      return few(Constant<3>());
+    case 4:
+      return few(Constant<4>());
+    case 5:
+      return few(Constant<5>());
+    case 6:
+      return few(Constant<6>());
+    case 7:
+      return few(Constant<7>());
+    case 8:
+      return few(Constant<8>());
   }
-#undef CASE
   MultiplyMany<Engine>(rows, tokens, num_tokens, sums, stride, scratch);
 }
 

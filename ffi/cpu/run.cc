@@ -57,11 +57,6 @@ int64_t Chunk(int64_t columns, int64_t most, int64_t units, int64_t threads) {
   return chunk;
 }
 
-bool AnyMany(const std::vector<Unit>& units) {
-  return std::any_of(units.begin(), units.end(),
-                     [](const Unit& unit) { return unit.tokens > kFew; });
-}
-
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
@@ -106,22 +101,19 @@ void Run(Layer layer, const Stages& stages, int64_t threads, const Schedule& sch
   const int64_t products =
       layer.num_pairs * (layer.w13.rows + layer.intermediate_size) * layer.hidden_size;
   threads = std::max<int64_t>(1, std::min(threads, products / kWorthSharing));
-  layer.hidden_chunk = Chunk(layer.intermediate_size, kHiddenChunk, layer.num_units, threads);
-  layer.output_chunk = Chunk(layer.hidden_size, kOutputChunk, layer.num_units, threads);
+  layer.hidden_chunk = Chunk(layer.intermediate_size, stages.rows / 2, layer.num_units, threads);
+  layer.output_chunk = Chunk(layer.hidden_size, stages.rows, layer.num_units, threads);
 
   layer.form = layer.scheme != Scheme::kNone                            ? Form::kCodes
                : stages.narrow && layer.rounding == Rounding::kBfloat16 ? Form::kNarrow
                                                                         : Form::kValues;
   Memory memory;
   const bool per_token = layer.scheme == Scheme::kPerToken;
-  const bool tiles = stages.tiles && layer.form == Form::kCodes && AnyMany(grouping.units);
   const int64_t input_blocks = tokens * (layer.hidden_size / kBlock);
   const int64_t hidden_blocks = layer.num_pairs * (layer.intermediate_size / kBlock);
   layer.input = memory.Operands(layer.form, input_blocks);
-  layer.input_tiles = tiles ? memory.New<Narrow>(input_blocks) : nullptr;
   layer.input_global = memory.New<float>(tokens);
   layer.hidden = memory.Operands(layer.form, hidden_blocks);
-  layer.hidden_tiles = tiles ? memory.New<Narrow>(hidden_blocks) : nullptr;
   layer.hidden_values =
       per_token ? memory.New<float>(layer.num_pairs * layer.intermediate_size) : nullptr;
   layer.hidden_global = per_token ? memory.New<float>(layer.num_pairs) : nullptr;

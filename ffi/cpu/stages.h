@@ -32,15 +32,6 @@ INLINE Floats LoadHalves(const uint16_t* from) {
   return FromBits(__builtin_convertvector(halves, Ints) << 16);
 }
 
-// What quantised values stand for, without their global scale: exact.
-INLINE void Widen(const Codes& x, Narrow* to) {
-  static constexpr int kPlace[kBlock] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
-  float values[kBlock];
-  for (int64_t i = 0; i < kBlock; ++i)
-    values[i] = (x.shifted[kPlace[i]] - 12) * (x.scale * 0x1p-7f);
-  for (int64_t i = 0; i < kBlock; i += kWidth) StoreHalves(to->value + i, Load(values + i));
-}
-
 // Where a pair's or a token's operands lie.
 template <class Block>
 INLINE Block* RowOf(void* operands, int64_t row, int64_t columns) {
@@ -51,12 +42,9 @@ INLINE Block* RowOf(void* operands, int64_t row, int64_t columns) {
 struct Operands {
   Form form;
   void* blocks;
-  Narrow* tiles;
 
   INLINE void Quantized(int64_t block, const Floats* x, float encode) const {
-    Codes* const codes = static_cast<Codes*>(blocks) + block;
-    Quantize(x, encode, codes);
-    if (tiles != nullptr) Widen(*codes, tiles + block);
+    Quantize(x, encode, static_cast<Codes*>(blocks) + block);
   }
 
   // A vector that begins with element `at`.
@@ -69,10 +57,8 @@ struct Operands {
   }
 };
 
-INLINE Operands InputOf(const Layer& layer) { return {layer.form, layer.input, layer.input_tiles}; }
-INLINE Operands HiddenOf(const Layer& layer) {
-  return {layer.form, layer.hidden, layer.hidden_tiles};
-}
+INLINE Operands InputOf(const Layer& layer) { return {layer.form, layer.input}; }
+INLINE Operands HiddenOf(const Layer& layer) { return {layer.form, layer.hidden}; }
 
 // Row `row` of activations, which is at x; returns its decode scale.
 INLINE float MakeOperand(const Layer& layer, const Operands& to, int64_t row, const float* x,
@@ -111,20 +97,14 @@ INLINE void MultiplyTokens(const Rows& rows, const Operands& operands, const int
                            int64_t num_tokens, int64_t stride, Scratch* scratch) {
   using Block = typename Engine::Block;
   const int64_t columns = rows.matrix->columns;
-  if constexpr (Engine::kTiles) {
-    if (num_tokens > kFew) {
-      const bool narrow = operands.form == Form::kNarrow;
-      const Narrow* blocks[kTaskTokens];
-      for (int64_t t = 0; t < num_tokens; ++t) {
-        blocks[t] =
-            RowOf<const Narrow>(narrow ? operands.blocks : operands.tiles, tokens[t], columns);
-      }
-      return Engine::kMultiplyByTiles(rows, blocks, num_tokens, scratch->sums, stride, scratch);
-    }
-  }
   const Block* blocks[kTaskTokens];
   for (int64_t t = 0; t < num_tokens; ++t) {
     blocks[t] = RowOf<const Block>(operands.blocks, tokens[t], columns);
+  }
+  if constexpr (Engine::kTiles) {
+    if (num_tokens > Engine::kFewest) {
+      return Engine::MultiplyByTiles(rows, blocks, num_tokens, scratch->sums, stride, scratch);
+    }
   }
   Multiply<Engine>(rows, blocks, num_tokens, scratch->sums, stride, scratch);
 }
@@ -284,7 +264,7 @@ void OutputTask(const Layer& layer, int64_t task, void* memory) {
 template <class ForCodes, class ForValues, class ForNarrow = ForValues>
 constexpr Stages StagesOf() {
   return {!__is_same(ForNarrow, ForValues),
-          ForCodes::kTiles,
+          ForCodes::kTiles ? kMostRows : kFewRows,
           Input,
           HiddenTask<ForCodes, ForValues, ForNarrow>,
           Requantize,
