@@ -33,12 +33,14 @@ INLINE void PrepareTokens(const Codes* const* tokens, int64_t from, int64_t coun
       to[step * kCount + t] = Along::Prepare(blocks + step * kBlocks);
     }
     if (rest == 0) continue;
-    Codes last[kBlocks];
-    for (Codes& block : last) {
-      memset(block.shifted, 12, sizeof block.shifted);
-      block.scale = 0;
+    Codes last[kBlocks];  // the row's last, of which some were there before, or too few
+    for (int64_t b = 0; b < kBlocks; ++b) {
+      const int64_t block = whole > 0 ? count - kBlocks + b : b;
+      last[b] = blocks[block < count ? block : 0];
+      if (block >= whole * kBlocks && block < count) continue;
+      memset(last[b].shifted, 12, sizeof last[b].shifted);
+      last[b].scale = 0;
     }
-    memcpy(last, blocks + whole * kBlocks, rest * sizeof(Codes));
     to[whole * kCount + t] = Along::Prepare(last);
   }
 }
@@ -53,6 +55,13 @@ struct Group {
       const int64_t stored = rows.Stored(row + i);
       codes[i] = rows.Codes(stored, from);
       scales[i] = rows.Scales(stored, from);
+    }
+  }
+
+  INLINE void CopyScales(const Rows& rows, int64_t row, int64_t from, int64_t count,
+                         Scratch* scratch) {
+    for (int64_t i = 0; i < kGroup; ++i) {
+      scales[i] = RowScales(rows, rows.Stored(row + i), from, count, scratch->row_scales[i]);
     }
   }
 
@@ -89,11 +98,16 @@ INLINE void MultiplyGroup(const Group& group, const Group& ahead, int64_t first,
           group.scales[first + i] + step * kBlocks);
     }
   }
-  if (rest != 0) {  // not to read beyond the last row
+  if (rest != 0 && whole > 0) {
+    for (int i = 0; i < kRows; ++i) {
+      add(i, whole, group.codes[first + i] + count * (kBlock / 2) - kBytes,
+          group.scales[first + i] + count - kBlocks);
+    }
+  } else if (rest != 0) {  // not to read beyond the last row
     for (int i = 0; i < kRows; ++i) {
       uint8_t codes[kBytes] = {}, scales[kBlocks] = {};
-      memcpy(codes, group.codes[first + i] + whole * kBytes, rest * (kBlock / 2));
-      memcpy(scales, group.scales[first + i] + whole * kBlocks, rest);
+      memcpy(codes, group.codes[first + i], rest * (kBlock / 2));
+      memcpy(scales, group.scales[first + i], rest);
       add(i, whole, codes, scales);
     }
   }
@@ -114,13 +128,10 @@ void MultiplyAlong(const Rows& rows, const Codes* const* tokens, float* sums, in
   for (int64_t from = 0; from < all; from += kDepth) {
     const int64_t count = all - from < kDepth ? all - from : kDepth;
     PrepareTokens<Along, kCount>(tokens, from, count, prepared);
+    Group group(rows, 0, from), next(rows, kGroup, from);
     for (int64_t row = 0; row < rows.count(); row += kGroup) {
-      Group group(rows, row, from);
       const Group ahead(rows, row + kAhead < rows.count() ? row + kAhead : row, from);
-      for (int64_t i = 0; i < kGroup; ++i) {
-        group.scales[i] =
-            RowScales(rows, rows.Stored(row + i), from, count, scratch->row_scales[i]);
-      }
+      if (rows.matrix->swizzled) group.CopyScales(rows, row, from, count, scratch);
       typename Along::Sums total[kCount][kGroup];
       for (int64_t first = 0; first < kGroup; first += kRows) {
         MultiplyGroup<Along, kRows, kCount>(group, ahead, first, count, prepared, total);
@@ -132,6 +143,8 @@ void MultiplyAlong(const Rows& rows, const Codes* const* tokens, float* sums, in
         if (__builtin_expect(!Along::AnyNan(group.scales[i], count), 1)) continue;
         for (int t = 0; t < kCount; ++t) sums[t * stride + row + i] = __builtin_nanf("");
       }
+      group = next;
+      next = ahead;
     }
   }
 }

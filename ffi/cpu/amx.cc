@@ -27,8 +27,8 @@ struct Tiles {
   alignas(64) Tile tokens[kTokenTiles][kSteps];
   alignas(64) Tile weights[kRecent];
   alignas(64) float sums[kTokenTiles][kTile][kTile];  // [][row][token]
-  alignas(64) uint16_t meanings[kTile][kDepth];       // of 16 rows: where their blocks' begin
-  alignas(64) uint8_t codes[kTile][kCodeBytes];       // of 16 rows that are not neighbours
+  alignas(64) uint16_t meanings[kTile][kDepth];       // of 16 rows' blocks: where in kMeanings
+  alignas(64) uint8_t codes[kTile][kCodeBytes];       // of 16 rows, if they are not neighbours
 };
 static_assert(sizeof(Tiles) <= sizeof(Scratch::panel));
 
@@ -74,7 +74,7 @@ struct Meanings {
 };
 alignas(64) constexpr Meanings kMeanings;
 
-// 16 rows of weights: of their codes those from block `from` on, of their scales what they mean.
+// 16 rows of weights, from block `from` on.
 struct Source {
   const uint8_t* codes;
   int64_t stride;
@@ -99,21 +99,23 @@ struct Source {
     }
   }
 
-  // Blocks 2 * step and, unless `half`, the next: of each 16 bits the first four, then the second.
+  // Blocks 2 * step and, unless `kHalf`, the next: the first code of each four, then the second of
+  // each, and so on.
   template <bool kHalf>
   INLINE void Decode(int64_t step, Tile to) const {
     const __m512i shifts =
         _mm512_set_epi64(0x000C000C000C000C, 0x000C000C000C000C, 0x0008000800080008,
                          0x0008000800080008, 0x0004000400040004, 0x0004000400040004, 0, 0);
     const auto* const all = reinterpret_cast<const uint8_t*>(kMeanings.of);
-    const uint8_t* row = codes + step * kBlock;
-    const uint16_t* at = meanings[0] + step * kTileBlocks;
+    const uint8_t* four = codes + step * kBlock;
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kTile; ++i, row += stride, at += kDepth) {
-      const auto* const bytes = reinterpret_cast<const __m128i*>(row);
-      asm("" : "+r"(row));  // not to keep 16 addresses
+    for (int64_t i = 0; i < kTile; ++i) {
+      if (i % 4 == 0 && i > 0) four += 4 * stride;
+      asm("" : "+r"(four));  // not to compute 16 addresses beforehand, and spill them
+      const auto* const bytes = reinterpret_cast<const __m128i*>(four + i % 4 * stride);
       const __m128i packed = kHalf ? _mm_loadl_epi64(bytes) : _mm_loadu_si128(bytes);
       const __m512i index = _mm512_srlv_epi16(_mm512_broadcast_i32x4(packed), shifts);
+      const uint16_t* const at = meanings[i] + step * kTileBlocks;
       const __m512i first = _mm512_permutexvar_epi16(index, _mm512_load_si512(all + at[0]));
       _mm512_store_si512(to[i], _mm512_mask_permutexvar_epi16(first, 0xF0F0F0F0, index,
                                                               _mm512_load_si512(all + at[1])));
@@ -121,27 +123,27 @@ struct Source {
   }
 };
 
-// The rows that come next, which are fetched while those before are multiplied.
-struct Next {
-  const uint8_t* codes[kTile];
-  const uint8_t* scales[kTile];
-
-  INLINE Next(const Rows& rows, int64_t row, int64_t from) {
-    for (int64_t i = 0; i < kTile; ++i) {
-      codes[i] = rows.Codes(rows.Stored(row + i), from);
-      scales[i] = rows.Scales(rows.Stored(row + i), from);
-    }
-  }
+// The 16 rows that come next, which are fetched while those before are multiplied. Where rows are
+// stored out of order it is others that are fetched.
+class Next {
+ public:
+  INLINE Next(const Rows& rows, int64_t row, int64_t from)
+      : codes_(rows.Codes(rows.Stored(row), from)),
+        scales_(rows.Scales(rows.Stored(row), from)),
+        code_stride_(rows.matrix->code_stride),
+        scale_stride_(rows.matrix->scale_stride) {}
 
   // A line has the codes of four steps: in each a quarter of the rows.
   INLINE void Fetch(int64_t step) const {
-    for (int64_t i = step % 4; i < kTile; i += 4)
-      __builtin_prefetch(codes[i] + step / 4 * 64, 0, 2);
-    if (step % 4 == 0) {
-      __builtin_prefetch(scales[step / 4], 0, 2);
-      __builtin_prefetch(scales[step / 4] + 64, 0, 2);
-    }
+    const uint8_t* const line = codes_ + step % 4 * code_stride_ + step / 4 * 64;
+    for (int64_t i = 0; i < kTile; i += 4) __builtin_prefetch(line + i * code_stride_, 0, 2);
+    __builtin_prefetch(scales_ + step % kTile * scale_stride_ + step / kTile * 64, 0, 2);
   }
+
+ private:
+  const uint8_t* codes_;
+  const uint8_t* scales_;
+  int64_t code_stride_, scale_stride_;
 };
 
 // ------------------------------------------------------------------------------------- tokens
@@ -219,9 +221,9 @@ INLINE void LoadTokens(const Block* const* tokens, int64_t num_tokens, int64_t b
 
 // ------------------------------------------------------------------------------------- products
 
-// Sums of a tile of rows with `kCount` tiles of tokens. `decode(step)` makes a tile of weights and
-// returns it; all but the first are made while the one before is multiplied, which is written by
-// then.
+// Sums of a tile of rows with `kCount` tiles of tokens. `decode(step)` makes the tile of weights of
+// a step two steps before it is multiplied, and it is loaded one step before: what a product waits
+// for has been done long ago.
 template <int kCount, class Decode>
 INLINE void MultiplyTiles(int64_t steps, const Decode& decode, Tiles* tiles) {
   _tile_zero(0);
@@ -297,10 +299,10 @@ void MultiplyTokenTiles(const Rows& rows, const Block* const* tokens, int64_t nu
   }
 }
 
-template <class ForFew>
+template <class ForFew, int64_t kFewTokens>
 struct Amx : ForFew {
   static constexpr bool kTiles = true;
-  static constexpr int64_t kFewest = 8;
+  static constexpr int64_t kTilesBeyond = kFewTokens;
   using Block = typename ForFew::Block;
 
   static void MultiplyByTiles(const Rows& rows, const Block* const* tokens, int64_t num_tokens,
@@ -321,6 +323,7 @@ static_assert(kTokenTiles == 4);
 
 }  // namespace
 
-const Stages kAmx = StagesOf<Amx<Avx512Codes>, Avx512Values, Amx<Avx512Narrow>>();
+// Up to so many tokens, as measured, their sums in registers are faster than tiles.
+const Stages kAmx = StagesOf<Amx<Avx512Codes, 5>, Avx512Values, Amx<Avx512Narrow, 1>>();
 
 }  // namespace jax_nvfp4_moe::cpu

@@ -12,7 +12,7 @@
 //   DecodeScales(rows, count, to)     [count, kLanes] floats, times 2**-8
 //   Unpack(packed, scales), Broadcast(block), Add(sums, weights, operand), Zero, Load, Store
 //   kAlong            has a type Along (along.h), which is better for few tokens
-//   kTiles            has kFewest and MultiplyByTiles, which is better for more than those
+//   kTiles            has MultiplyByTiles, which is better beyond kTilesBeyond tokens
 //
 // Few tokens: weights are decoded in registers, for up to kFew tokens, and the memory's speed is
 // the limit. Many: a panel of decoded weights, small enough for the fastest cache, meets one token

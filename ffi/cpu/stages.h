@@ -102,7 +102,7 @@ INLINE void MultiplyTokens(const Rows& rows, const Operands& operands, const int
     blocks[t] = RowOf<const Block>(operands.blocks, tokens[t], columns);
   }
   if constexpr (Engine::kTiles) {
-    if (num_tokens > Engine::kFewest) {
+    if (num_tokens > Engine::kTilesBeyond) {
       return Engine::MultiplyByTiles(rows, blocks, num_tokens, scratch->sums, stride, scratch);
     }
   }
