@@ -58,6 +58,18 @@ struct Group {
     }
   }
 
+  // From rows `row - kGroup` to `row`, of which most are just as far in memory.
+  INLINE void Advance(const Rows& rows, int64_t row, int64_t from) {
+    if (rows.matrix->order != nullptr || row % rows.length == 0) {
+      *this = Group(rows, row, from);
+      return;
+    }
+    for (int64_t i = 0; i < kGroup; ++i) {
+      codes[i] += kGroup * rows.matrix->code_stride;
+      scales[i] += kGroup * rows.matrix->scale_stride;
+    }
+  }
+
   INLINE void CopyScales(const Rows& rows, int64_t row, int64_t from, int64_t count,
                          Scratch* scratch) {
     for (int64_t i = 0; i < kGroup; ++i) {
@@ -128,9 +140,9 @@ void MultiplyAlong(const Rows& rows, const Codes* const* tokens, float* sums, in
   for (int64_t from = 0; from < all; from += kDepth) {
     const int64_t count = all - from < kDepth ? all - from : kDepth;
     PrepareTokens<Along, kCount>(tokens, from, count, prepared);
-    Group group(rows, 0, from), next(rows, kGroup, from);
+    Group group(rows, 0, from), next(rows, kGroup, from), ahead = next;
     for (int64_t row = 0; row < rows.count(); row += kGroup) {
-      const Group ahead(rows, row + kAhead < rows.count() ? row + kAhead : row, from);
+      if (row + kAhead < rows.count()) ahead.Advance(rows, row + kAhead, from);
       if (rows.matrix->swizzled) group.CopyScales(rows, row, from, count, scratch);
       typename Along::Sums total[kCount][kGroup];
       for (int64_t first = 0; first < kGroup; first += kRows) {
