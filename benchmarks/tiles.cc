@@ -64,8 +64,9 @@ int main() {
   for (int tiles = 3; tiles <= 8; ++tiles) {
     Occupy(tiles);
     const double product = Time(multiply), loaded = Time(load_and_multiply);
-    std::printf("{\"tiles_in_use\": %d, \"product_ns\": %.1f, \"two_loads_and_product_ns\": %.1f}\n",
-                tiles, product, loaded);
+    std::printf(
+        "{\"tiles_in_use\": %d, \"product_ns\": %.1f, \"two_loads_and_product_ns\": %.1f}\n", tiles,
+        product, loaded);
   }
   Occupy(3);
   usleep(200000);  // the thread loses its core, and gets all tiles back
