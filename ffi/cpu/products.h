@@ -249,10 +249,11 @@ void Multiply(const Rows& rows, const typename Engine::Block* const* tokens, int
               float* sums, int64_t stride, Scratch* scratch) {
   const auto few = [&](auto count) INLINE_LAMBDA {
     if constexpr (Engine::kAlong) {
-      MultiplyAlong<typename Engine::Along, count>(rows, tokens, sums, stride, scratch);
-    } else {
-      MultiplyFew<Engine, count>(rows, tokens, sums, stride, scratch);
+      if (rows.matrix->columns >= Engine::Along::kBlocks * kBlock) {  // else no row fills a vector
+        return MultiplyAlong<typename Engine::Along, count>(rows, tokens, sums, stride, scratch);
+      }
     }
+    MultiplyFew<Engine, count>(rows, tokens, sums, stride, scratch);
   };
   switch (num_tokens) {
     case 1:
