@@ -1,13 +1,15 @@
-"""Decodes with the language model of examples/, at a real model's sizes, experts by either way.
+"""Decodes with the language model of examples/, experts by either way.
 
     python -m benchmarks decode --layers 4 --output benchmarks/results/decode-qwen3-30b.jsonl
+    python -m benchmarks decode --model examples/models/qwen3-moe-tiny-nvfp4
 
-Qwen3-30B-A3B's layers with random weights, as many of its 48 as --layers says, and as large a part
-of its vocabulary, so that a step is that part of the whole model's. All but the experts is float32.
-(The example's own tiny model has experts of 0.3 MB a layer, which decide nothing.)
+Without --model: Qwen3-30B-A3B's layers with random weights, as many of its 48 as --layers says, and
+as large a part of its vocabulary, so that a step is that part of the whole model's. (The example's
+own tiny model has experts of 0.2 MB a layer, which decide little.)
 
-Both models are one, with the same weights; they take turns of --tokens tokens, chosen as the most
-likely, a step at a time, as the example does.
+All models are one, with the same weights; they take turns of --tokens tokens, chosen as the most
+likely, a step at a time, as the example does. "none" has no experts: whatever computes them, a step
+takes longer than that.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from rich.console import Console
 
 import jax_nvfp4_moe as nvm
@@ -31,7 +34,7 @@ import generate
 import qwen3_moe
 
 LAYER = LAYERS["qwen3-30b"]
-IMPLEMENTATIONS = "cpu", "emulation"
+IMPLEMENTATIONS = "cpu", "emulation", "none"
 # Of Qwen3-30B-A3B's config.json.
 NUM_LAYERS, VOCABULARY, HEADS, KV_HEADS, HEAD_DIM = 48, 151_936, 32, 4, 128
 PROMPT = 16  # tokens
@@ -83,16 +86,25 @@ def random_model(num_layers, dtype):
     return qwen3_moe.Qwen3Moe(config, dict(random_tensors(num_layers, dtype)), layers, dtype)
 
 
+class NoExperts(nnx.Module):
+    """A block that adds nothing."""
+
+    def __call__(self, x):
+        return jnp.zeros_like(x)
+
+
 class Decoder:
     """A model with one implementation of its experts, as `measuring.turns` wants contenders."""
 
     def __init__(self, name, model, texts, tokens):
         self.name, self.model, self.texts, self.tokens = name, model, texts, tokens
+        self.blocks = [block.moe for block in model.layers]
 
     def burst(self, seconds):
         """Seconds of each step but the first, which reads the prompts."""
-        for block in self.model.layers:
-            block.moe.implementation = self.name
+        for layer, block in zip(self.model.layers, self.blocks, strict=True):
+            block.implementation = self.name
+            layer.moe = NoExperts() if self.name == "none" else block
         tokens = jax.random.randint(jax.random.key(1), (self.texts, PROMPT), 0, 1000)
         state = tokens, self.model.empty_cache(self.texts, PROMPT + self.tokens), jnp.int32(0)
         times = []
@@ -101,6 +113,8 @@ class Decoder:
             state = generate.step(self.model, *state, jax.random.key(0), 0.0, 1)
             state[0].block_until_ready()
             times.append(time.perf_counter() - begin)
+        for layer, block in zip(self.model.layers, self.blocks, strict=True):
+            layer.moe = block
         return times[1:]
 
 
@@ -130,14 +144,18 @@ def measured(model, texts, args, console):
 def main(arguments):
     args = _parser().parse_args(arguments)
     console = Console(stderr=True)
-    with console.status(f"making {args.layers} layers"):
-        model = random_model(args.layers, jnp.dtype("float32"))
+    dtype = jnp.dtype(args.dtype)
+    with console.status("making the model"):
+        if args.model is None:
+            model = random_model(args.layers, dtype)
+        else:
+            model = qwen3_moe.load(args.model, dtype=dtype)
     header = {
         "command": results.command_line("decode", arguments),
         **machine.describe(),
-        "layers": args.layers,
-        "of_layers": NUM_LAYERS,
+        "layers": len(model.layers),
         "vocabulary": len(model.embed[...]),
+        "dtype": dtype.name,
     }
     lines = [header]
     for texts in args.texts:
@@ -155,6 +173,13 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--layers", type=int, default=4, help="of 48 (default: 4)")
+    parser.add_argument("--model", type=Path, help="a folder with a checkpoint, instead")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="of all but the experts (default: bfloat16, as in Qwen3-30B-A3B's checkpoint)",
+    )
     parser.add_argument("--tokens", type=int, default=16, help="of a turn (default: 16)")
     parser.add_argument("--turns", type=int, default=6, help="default: 6")
     parser.add_argument(

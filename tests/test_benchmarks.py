@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -175,8 +176,19 @@ def test_decoding(tmp_path, monkeypatch):
         decode.main([*options, "--output", str(output)])
     header, *lines = results.read(output)
     assert header["vocabulary"] == decode.VOCABULARY // 48
-    assert [line["implementation"] for line in lines] == ["cpu", "emulation"]
+    assert [line["implementation"] for line in lines] == ["cpu", "emulation", "none"]
     assert all(line["texts"] == 3 and line["steps"] == 2 for line in lines)
+
+
+def test_decoding_with_a_checkpoint(tmp_path):
+    model = Path(decode.__file__).parents[1] / "examples/models/qwen3-moe-tiny-nvfp4"
+    output = tmp_path / "decode.jsonl"
+    options = ["--model", str(model), "--dtype", "float32", "--tokens", "2", "--turns", "1"]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        decode.main([*options, "--texts", "1", "--output", str(output)])
+    header, *lines = results.read(output)
+    assert (header["layers"], header["vocabulary"], header["dtype"]) == (3, 1024, "float32")
+    assert len(lines) == 3
 
 
 # ------------------------------------------------------------------------------------- on a GPU
