@@ -115,6 +115,26 @@ def test_depends_on_nothing_but_the_input(level, tokens, rng):
         np.testing.assert_array_equal(run(layer, nvm.Cpu(level)), want)
 
 
+@both_paths
+@pytest.mark.parametrize("scheme", ["static", "per_token", "none"])
+@every_level
+def test_bfloat16_in_and_out_is_float32_rounded(level, scheme, tokens, rng):
+    """The kernels read and write bfloat16 themselves; rounded activations are not at stake."""
+    layer = make_layer(Case(tokens=tokens, scheme=scheme, dtype="bfloat16"), rng)
+    x, ids, weights, experts = arguments(layer)
+    call = functools.partial(nvm.nvfp4_moe_routed, implementation=nvm.Cpu(level))
+    wide = call(x, ids, weights, experts, output_dtype=jnp.float32)
+    assert np.asarray(wide).std() > 0.1
+    narrow = call(x, ids, weights, experts)
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
+    assert (np.asarray(narrow, np.float32) != wide).mean() > 0.9
+    if scheme != "none":  # there, what lies between is rounded to the type of x
+        np.testing.assert_array_equal(
+            call(x.astype(jnp.float32), ids, weights, experts, output_dtype=jnp.bfloat16), narrow
+        )
+
+
 SPOILT = {
     "a NaN in a token": lambda e, x: (e, x.at[0, 5].set(jnp.nan)),
     "an infinity in a token": lambda e, x: (e, x.at[0, 5].set(-jnp.inf)),
@@ -244,7 +264,7 @@ def test_gradients_are_the_emulations(rng):
 # ------------------------------------------------------------------------------------- bad input
 
 
-def call_with(rng, operands=None, **changed):
+def call_with(rng, operands=None, dtype=jnp.float32, **changed):
     """The custom call as nobody should make it: what the library itself refuses."""
     layer = make_layer(Case(tokens=3), rng)
     attributes, arrays = recorded_call(layer, layer.experts)
@@ -252,7 +272,7 @@ def call_with(rng, operands=None, **changed):
         arrays[index] = array
     options = {"level": "", **attributes, **changed}
     library.register_cpu_targets()
-    result = jax.ShapeDtypeStruct(layer.x.shape, jnp.float32)
+    result = jax.ShapeDtypeStruct(layer.x.shape, dtype)
     return jax.ffi.ffi_call(library.CPU_LAYER, result)(*map(jnp.asarray, arrays), **options)
 
 
@@ -270,6 +290,8 @@ def call_with(rng, operands=None, **changed):
         ({"operands": {6: np.zeros((8, 3), np.float32)}}, "w13's global scales: expected [E, G]"),
         ({"operands": {7: np.zeros(3, np.float32)}}, "w13's bias: expected [E, G * I]"),
         ({"operands": {2: np.zeros((3, 9), np.float32)}}, "sizes do not fit"),
+        ({"operands": {0: np.zeros((3, 128), np.float16)}}, "x needs to be float32 or bfloat16"),
+        ({"dtype": jnp.float16}, "the result needs to be float32 or bfloat16"),
     ],
     ids=lambda each: each if isinstance(each, str) else None,
 )

@@ -40,6 +40,21 @@ INLINE void Store(float* to, const Floats& v) { memcpy(to, &v, sizeof v); }
 
 INLINE Ints Bits(const Floats& x) { return (Ints)x; }
 INLINE Floats FromBits(const Ints& bits) { return (Floats)bits; }
+
+// The upper halves of floats: bfloat16, if nothing else is in them.
+typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+
+INLINE Floats LoadHalves(const uint16_t* from) {
+  Halves halves;
+  memcpy(&halves, from, sizeof halves);
+  return FromBits(__builtin_convertvector(halves, Ints) << 16);
+}
+
+INLINE void StoreHalves(uint16_t* to, const Floats& x) {
+  const Halves halves = __builtin_convertvector(Bits(x) >> 16, Halves);
+  memcpy(to, &halves, sizeof halves);
+}
+
 INLINE Floats All(float x) { return (Floats){} + x; }
 INLINE Floats Abs(const Floats& x) { return FromBits(Bits(x) & 0x7FFFFFFF); }
 

@@ -1,14 +1,15 @@
 // The XLA FFI handlers of the layer on the CPU.
 //
-// The layer. Operands: x f32 [T, H]; topk_ids s32 [T, K]; topk_weights f32 [T, K]; for w13 and for
-// w2 codes u8 [E, rows, bytes], scales f8e4m3fn [E, rows, bytes], order s32 [logical rows] or [0],
-// global scales f32 [E, G] and [E], bias f32 [E, logical rows] or [0]; input_scale and hidden_scale
-// f32 [], of the static scheme. Result: f32 [T, H], or [T, K, H] for every expert's output.
+// The layer. Operands: x f32 or bf16 [T, H]; topk_ids s32 [T, K]; topk_weights f32 [T, K]; for w13
+// and for w2 codes u8 [E, rows, bytes], scales f8e4m3fn [E, rows, bytes], order s32 [logical rows]
+// or [0], global scales f32 [E, G] and [E], bias f32 [E, logical rows] or [0]; input_scale and
+// hidden_scale f32 [], of the static scheme. Result: f32 or bf16 [T, H], or f32 [T, K, H] for every
+// expert's output.
 //
 // Attributes: those of `jax_nvfp4_moe.implementations.cpu`.
 //
 // The sum over slots alone, for experts that are on several devices. Operands: rows f32 [T, K, H];
-// topk_weights f32 [T, K]. Result: f32 [T, H]. Attributes: level, weighted.
+// topk_weights f32 [T, K]. Result: f32 or bf16 [T, H]. Attributes: level, weighted.
 
 #include <algorithm>
 #include <exception>
@@ -32,6 +33,7 @@ using Floats = ffi::Buffer<ffi::F32>;
 using Integers = ffi::Buffer<ffi::S32>;
 using Bytes = ffi::Buffer<ffi::U8>;
 using Scales = ffi::AnyBuffer;  // of a type that has no C++ type
+using Any = ffi::AnyBuffer;     // float32 or bfloat16
 
 [[noreturn]] void Refuse(const std::string& message) {
   throw Failure(ErrorCode::kInvalidArgument, message);
@@ -85,6 +87,12 @@ const float* OrNull(const Floats& array, int64_t count, const char* what) {
   return array.element_count() == 0 ? nullptr : array.typed_data();
 }
 
+Elements ElementsOf(const Any& array, const char* what) {
+  const bool narrow = array.element_type() == ffi::DataType::BF16;
+  Expect(narrow || array.element_type() == ffi::DataType::F32, what);
+  return {array.untyped_data(), narrow};
+}
+
 const Stages& StagesOf(std::string_view name) {
   const Level* const level = Find(std::string(name));
   if (level == nullptr || !level->supported()) {
@@ -112,10 +120,10 @@ Schedule On(ffi::ThreadPool& pool) {
   return [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); };
 }
 
-ffi::Error Compute(ffi::ThreadPool pool, Floats x, Integers topk_ids, Floats topk_weights,
+ffi::Error Compute(ffi::ThreadPool pool, Any x, Integers topk_ids, Floats topk_weights,
                    Bytes codes13, Scales scales13, Integers order13, Floats global13, Floats bias13,
                    Bytes codes2, Scales scales2, Integers order2, Floats global2, Floats bias2,
-                   Floats input_scale, Floats hidden_scale, ffi::Result<Floats> result,
+                   Floats input_scale, Floats hidden_scale, ffi::Result<Any> result,
                    std::string_view level, std::string_view scheme, std::string_view activation,
                    float alpha, float beta, float limit, std::string_view rounding, bool weighted,
                    int64_t intermediate_size, bool swizzled) try {
@@ -141,7 +149,7 @@ ffi::Error Compute(ffi::ThreadPool pool, Floats x, Integers topk_ids, Floats top
 
   const int64_t groups = layer.gated ? 2 : 1, experts = layer.num_experts;
   const int64_t pairs = layer.tokens * layer.top_k;
-  layer.x = x.typed_data();
+  layer.x = ElementsOf(x, "x needs to be float32 or bfloat16");
   layer.topk_ids = topk_ids.typed_data();
   layer.topk_weights = topk_weights.typed_data();
   layer.w13 =
@@ -153,11 +161,11 @@ ffi::Error Compute(ffi::ThreadPool pool, Floats x, Integers topk_ids, Floats top
   layer.bias2 = OrNull(bias2, experts * layer.hidden_size, "w2's bias: expected [E, H]");
   layer.input_scale = input_scale.typed_data()[0];
   layer.hidden_scale = hidden_scale.typed_data()[0];
-  layer.result = result->typed_data();
+  layer.result = ElementsOf(*result, "the result needs to be float32 or bfloat16");
   Expect(static_cast<int64_t>(topk_ids.element_count()) == pairs &&
              static_cast<int64_t>(topk_weights.element_count()) == pairs &&
              codes2.dimensions()[0] == experts && layer.global_scale13 != nullptr &&
-             layer.global_scale2 != nullptr &&
+             layer.global_scale2 != nullptr && (layer.summed || !layer.result.narrow) &&
              static_cast<int64_t>(result->element_count()) ==
                  (layer.summed ? layer.tokens : pairs) * layer.hidden_size,
          "sizes do not fit");
@@ -168,8 +176,8 @@ ffi::Error Compute(ffi::ThreadPool pool, Floats x, Integers topk_ids, Floats top
   return Caught();
 }
 
-ffi::Error Combine(ffi::ThreadPool pool, Floats rows, Floats topk_weights,
-                   ffi::Result<Floats> result, std::string_view level, bool weighted) try {
+ffi::Error Combine(ffi::ThreadPool pool, Floats rows, Floats topk_weights, ffi::Result<Any> result,
+                   std::string_view level, bool weighted) try {
   Expect(rows.dimensions().size() == 3, "rows need 3 axes");
   Layer layer = {};
   layer.tokens = rows.dimensions()[0];
@@ -177,8 +185,8 @@ ffi::Error Combine(ffi::ThreadPool pool, Floats rows, Floats topk_weights,
   layer.hidden_size = rows.dimensions()[2];
   layer.weighted = weighted;
   layer.topk_weights = topk_weights.typed_data();
-  layer.outputs = rows.typed_data();
-  layer.result = result->typed_data();
+  layer.outputs = {rows.typed_data(), false};
+  layer.result = ElementsOf(*result, "the result needs to be float32 or bfloat16");
   Expect(layer.hidden_size % kBlock == 0 &&
              static_cast<int64_t>(topk_weights.element_count()) == layer.tokens * layer.top_k &&
              static_cast<int64_t>(result->element_count()) == layer.tokens * layer.hidden_size,
@@ -196,7 +204,7 @@ ffi::Error Combine(ffi::ThreadPool pool, Floats rows, Floats topk_weights,
 EXPORTED XLA_FFI_Error* jax_nvfp4_moe_layer_on_cpu(XLA_FFI_CallFrame* frame) {
   static auto* handler = ffi::Ffi::Bind()
                              .Ctx<ffi::ThreadPool>()
-                             .Arg<Floats>()    // x
+                             .Arg<Any>()       // x
                              .Arg<Integers>()  // topk_ids
                              .Arg<Floats>()    // topk_weights
                              .Arg<Bytes>()     // w13
@@ -211,7 +219,7 @@ EXPORTED XLA_FFI_Error* jax_nvfp4_moe_layer_on_cpu(XLA_FFI_CallFrame* frame) {
                              .Arg<Floats>()
                              .Arg<Floats>()  // input_scale
                              .Arg<Floats>()  // hidden_scale
-                             .Ret<Floats>()
+                             .Ret<Any>()
                              .Attr<std::string_view>("level")
                              .Attr<std::string_view>("scheme")
                              .Attr<std::string_view>("activation")
@@ -232,7 +240,7 @@ EXPORTED XLA_FFI_Error* jax_nvfp4_moe_combine_on_cpu(XLA_FFI_CallFrame* frame) {
                              .Ctx<ffi::ThreadPool>()
                              .Arg<Floats>()  // rows
                              .Arg<Floats>()  // topk_weights
-                             .Ret<Floats>()
+                             .Ret<Any>()
                              .Attr<std::string_view>("level")
                              .Attr<bool>("weighted")
                              .To(Combine)

@@ -17,6 +17,12 @@ enum class Scheme : int64_t { kStatic, kPerToken, kNone };
 enum class Curve : int64_t { kSilu, kGelu, kGeluTanh, kSwigluOai, kRelu2 };
 enum class Rounding : int64_t { kFloat32, kBfloat16, kFloat16 };
 
+// Floats of an array in memory: float, or, if `narrow`, the upper half of each, a bfloat16.
+struct Elements {
+  void* data;
+  bool narrow;
+};
+
 // Weights of all experts, [E, rows, columns], rows in any order.
 struct Matrix {
   const uint8_t* codes;   // [E, stored_rows, code_stride]: two E2M1 codes a byte, the even one low
@@ -69,7 +75,7 @@ struct Layer {
   bool weighted;      // whether the sum over slots applies the routing weights
   bool summed;        // whether `result` is that sum, or every expert's output
 
-  const float* x;             // [T, H]
+  Elements x;                 // [T, H]
   const int32_t* topk_ids;    // [T, K]; null for `combine`: all are valid
   const float* topk_weights;  // [T, K]
   Matrix w13, w2;
@@ -78,7 +84,7 @@ struct Layer {
   const float* bias13;              // [E, G * I] or null
   const float* bias2;               // [E, H] or null
   float input_scale, hidden_scale;  // decode scales, where static
-  float* result;                    // [T, H], or [T, K, H]
+  Elements result;                  // [T, H], or [T, K, H]
 
   // Made by the stages. A pair is a token's slot, number t * K + k.
   const int32_t* pairs;  // [P]: grouped by expert; those without one are not there
@@ -91,7 +97,7 @@ struct Layer {
   void* hidden;                        // [P, I / 16]
   float* hidden_values;                // [P, I]: before they are quantised, for kPerToken
   float* hidden_global;                // [P]
-  void* outputs;                       // [T, K, H]: bfloat16 where rounded to that, else float
+  Elements outputs;                    // [T, K, H]
 };
 
 // The stages of a call, compiled for one instruction set. Each does one task, numbered from 0, and

@@ -118,9 +118,11 @@ void Run(Layer layer, const Stages& stages, int64_t threads, const Schedule& sch
       per_token ? memory.New<float>(layer.num_pairs * layer.intermediate_size) : nullptr;
   layer.hidden_global = per_token ? memory.New<float>(layer.num_pairs) : nullptr;
   const int64_t outputs = tokens * layer.top_k * layer.hidden_size;
-  layer.outputs = layer.rounding == Rounding::kBfloat16
-                      ? static_cast<void*>(memory.New<uint16_t>(outputs))
-                      : static_cast<void*>(memory.New<float>(outputs));
+  if (layer.rounding == Rounding::kBfloat16) {
+    layer.outputs = {memory.New<uint16_t>(outputs), true};
+  } else {
+    layer.outputs = {memory.New<float>(outputs), false};
+  }
 
   const auto stage = [&](int64_t tasks, void (*run)(const Layer&, int64_t, void*)) {
     return Stage{tasks, [layer, run](int64_t task, void* scratch) { run(layer, task, scratch); }};
@@ -139,7 +141,6 @@ void Run(Layer layer, const Stages& stages, int64_t threads, const Schedule& sch
 
 void RunCombine(Layer layer, const Stages& stages, int64_t threads, const Schedule& schedule) {
   layer.summed = true;
-  layer.rounding = Rounding::kFloat32;
   const int64_t additions = layer.tokens * layer.top_k * layer.hidden_size;
   threads = std::max<int64_t>(1, std::min(threads, additions / kWorthSharing));
   RunStages(

@@ -12,24 +12,25 @@ namespace {
 
 // ------------------------------------------------------------------------------------- operands
 
-INLINE float AbsMax(const float* x, int64_t count) {  // NaN if there is one
+// A vector that begins with element `at`.
+INLINE Floats LoadFrom(const Elements& from, int64_t at) {
+  return from.narrow ? LoadHalves(static_cast<const uint16_t*>(from.data) + at)
+                     : Load(static_cast<const float*>(from.data) + at);
+}
+
+// Likewise; if they are narrow, x is rounded to bfloat16 already.
+INLINE void StoreTo(const Elements& to, int64_t at, const Floats& x) {
+  if (to.narrow) {
+    StoreHalves(static_cast<uint16_t*>(to.data) + at, x);
+  } else {
+    Store(static_cast<float*>(to.data) + at, x);
+  }
+}
+
+INLINE float AbsMax(const Elements& x, int64_t start, int64_t count) {  // NaN if there is one
   Ints most = {};
-  for (int64_t i = 0; i < count; i += kWidth) most = MaxBits(most, Load(x + i));
+  for (int64_t i = 0; i < count; i += kWidth) most = MaxBits(most, LoadFrom(x, start + i));
   return Largest(most);
-}
-
-// The upper halves of floats: bfloat16, if nothing else is in them.
-typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
-
-INLINE void StoreHalves(uint16_t* to, const Floats& x) {
-  const Halves halves = __builtin_convertvector(Bits(x) >> 16, Halves);
-  memcpy(to, &halves, sizeof halves);
-}
-
-INLINE Floats LoadHalves(const uint16_t* from) {
-  Halves halves;
-  memcpy(&halves, from, sizeof halves);
-  return FromBits(__builtin_convertvector(halves, Ints) << 16);
 }
 
 // Where a pair's or a token's operands lie.
@@ -47,48 +48,41 @@ struct Operands {
     Quantize(x, encode, static_cast<Codes*>(blocks) + block);
   }
 
-  // A vector that begins with element `at`.
   INLINE void Plain(int64_t at, const Floats& x) const {
-    if (form == Form::kNarrow) {
-      StoreHalves(static_cast<uint16_t*>(blocks) + at, x);
-    } else {
-      Store(static_cast<float*>(blocks) + at, x);
-    }
+    StoreTo({blocks, form == Form::kNarrow}, at, x);
   }
 };
 
 INLINE Operands InputOf(const Layer& layer) { return {layer.form, layer.input}; }
 INLINE Operands HiddenOf(const Layer& layer) { return {layer.form, layer.hidden}; }
 
-// Row `row` of activations, which is at x; returns its decode scale.
-INLINE float MakeOperand(const Layer& layer, const Operands& to, int64_t row, const float* x,
+// Row `row` of activations; returns its decode scale.
+INLINE float MakeOperand(const Layer& layer, const Operands& to, int64_t row, const Elements& x,
                          int64_t columns, float static_scale) {
-  const int64_t start = row * columns;
+  const int64_t start = row * columns, end = start + columns;
   if (layer.form != Form::kCodes) {
-    for (int64_t i = 0; i < columns; i += kWidth) to.Plain(start + i, Load(x + i));
+    for (int64_t i = start; i < end; i += kWidth) to.Plain(i, LoadFrom(x, i));
     return 1.0f;
   }
   const bool per_token = layer.scheme == Scheme::kPerToken;
-  const float scale = per_token ? ScaleFor(AbsMax(x, columns)) : static_scale;
+  const float scale = per_token ? ScaleFor(AbsMax(x, start, columns)) : static_scale;
   const float encode = Reciprocal(scale);
-  for (int64_t i = 0; i < columns; i += kBlock) {
+  for (int64_t i = start; i < end; i += kBlock) {
     Floats parts[kParts];
-    for (int64_t part = 0; part < kParts; ++part) parts[part] = Load(x + i + part * kWidth);
-    to.Quantized((start + i) / kBlock, parts, encode);
+    for (int64_t part = 0; part < kParts; ++part) parts[part] = LoadFrom(x, i + part * kWidth);
+    to.Quantized(i / kBlock, parts, encode);
   }
   return scale;
 }
 
 void Input(const Layer& layer, int64_t token, void*) {
-  const int64_t columns = layer.hidden_size;
-  layer.input_global[token] = MakeOperand(layer, InputOf(layer), token, layer.x + token * columns,
-                                          columns, layer.input_scale);
+  layer.input_global[token] =
+      MakeOperand(layer, InputOf(layer), token, layer.x, layer.hidden_size, layer.input_scale);
 }
 
 void Requantize(const Layer& layer, int64_t pair, void*) {
-  const int64_t columns = layer.intermediate_size;
-  layer.hidden_global[pair] =
-      MakeOperand(layer, HiddenOf(layer), pair, layer.hidden_values + pair * columns, columns, 0);
+  layer.hidden_global[pair] = MakeOperand(layer, HiddenOf(layer), pair,
+                                          {layer.hidden_values, false}, layer.intermediate_size, 0);
 }
 
 // The sums of some rows with some tokens, into the scratch, `stride` apart.
@@ -170,8 +164,6 @@ INLINE void Hidden(const Layer& layer, int64_t task, Scratch* scratch) {
 
 // ------------------------------------------------------------------------------------- GEMM2
 
-INLINE bool Narrows(const Layer& layer) { return layer.rounding == Rounding::kBfloat16; }
-
 template <class Engine>
 INLINE void Output(const Layer& layer, int64_t task, Scratch* scratch) {
   const int64_t columns = layer.hidden_size, chunk = layer.output_chunk;
@@ -194,20 +186,9 @@ INLINE void Output(const Layer& layer, int64_t task, Scratch* scratch) {
     for (int64_t i = 0; i < count; i += kWidth) {
       Floats row = Load(scratch->sums + t * count + i) * scale;
       if (layer.bias2 != nullptr) row += Load(layer.bias2 + unit.expert * columns + first + i);
-      row = Round(row, layer.rounding);
-      const int64_t at = layer.pairs[place] * columns + first + i;
-      if (Narrows(layer)) {
-        StoreHalves(static_cast<uint16_t*>(layer.outputs) + at, row);
-      } else {
-        Store(static_cast<float*>(layer.outputs) + at, row);
-      }
+      StoreTo(layer.outputs, layer.pairs[place] * columns + first + i, Round(row, layer.rounding));
     }
   }
-}
-
-INLINE Floats LoadOutput(const Layer& layer, int64_t at) {
-  return Narrows(layer) ? LoadHalves(static_cast<const uint16_t*>(layer.outputs) + at)
-                        : Load(static_cast<const float*>(layer.outputs) + at);
 }
 
 void Combine(const Layer& layer, int64_t task, void*) {
@@ -221,14 +202,15 @@ void Combine(const Layer& layer, int64_t task, void*) {
       const int64_t pair = token * layer.top_k + slot;
       const int32_t expert = layer.topk_ids == nullptr ? 0 : layer.topk_ids[pair];
       const bool valid = layer.topk_ids == nullptr || (expert >= 0 && expert < layer.num_experts);
-      const Floats row = valid ? LoadOutput(layer, pair * columns + column) : Floats{};
+      const Floats row = valid ? LoadFrom(layer.outputs, pair * columns + column) : Floats{};
       if (!layer.summed) {
-        Store(layer.result + pair * columns + column, row);
+        StoreTo(layer.result, pair * columns + column, row);
       } else {
         total += layer.weighted ? row * layer.topk_weights[pair] : row;
       }
     }
-    if (layer.summed) Store(layer.result + token * columns + column, total);
+    if (layer.result.narrow) total = ToBfloat16(total);
+    if (layer.summed) StoreTo(layer.result, token * columns + column, total);
   }
 }
 

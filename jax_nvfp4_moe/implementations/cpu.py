@@ -95,13 +95,17 @@ class Cpu:
     ) -> Array:
         recipe = Recipe(call, experts.activation_scheme, x.dtype)
         ids = emulation.local_ids(call, topk_ids, experts)
-        values = recipe.input_values(x, topk_weights)
+        # The kernels read and write bfloat16 too. Other types they see as float32.
+        plain = x.dtype == jnp.bfloat16 and not call.router_weight_on_input
+        values = x if plain else recipe.input_values(x, topk_weights)
         result = self._layer(recipe, values, ids, topk_weights, experts)
         if call.axis_name is not None:
             # Each row is zero on all devices but one, so this sum is exact, and the kernel adds the
             # slots as it does where it has all experts.
             result = self._combine(recipe, lax.psum(result, call.axis_name), topk_weights)
-        return round_to(result, call.output_dtype).astype(call.output_dtype)
+        if result.dtype != call.output_dtype:
+            result = round_to(result, call.output_dtype).astype(call.output_dtype)
+        return result
 
     def run_from_logits(
         self,
@@ -118,27 +122,29 @@ class Cpu:
     def _layer(
         self,
         recipe: Recipe,
-        values: Float32[Array, "T H"],
+        values: Float[Array, "T H"],
         ids: Int32[Array, "T K"],
         weights: Float32[Array, "T K"],
         experts: ExpertWeights,
-    ) -> Float32[Array, "..."]:
-        """The weighted sum [T, H]; with experts on several devices, all rows [T, K, H]."""
+    ) -> Float[Array, "..."]:
+        """The weighted sum [T, H]; with experts on several devices, all rows [T, K, H], float32."""
         # Inside shard_map the result varies over every mesh axis that an operand varies over.
         sources = values, ids, weights, experts
-        varying = jax.typeof(emulation.varying_zeros((), jnp.dtype(jnp.float32), *sources))
-        shape = values.shape if recipe.call.axis_name is None else (*ids.shape, values.shape[-1])
+        if recipe.call.axis_name is None:
+            shape, dtype = values.shape, _sum_dtype(recipe.call)
+        else:
+            shape, dtype = (*ids.shape, values.shape[-1]), jnp.dtype(jnp.float32)
         return self._call(
             library.CPU_LAYER,
-            varying.update(shape=shape),
+            jax.typeof(emulation.varying_zeros((), dtype, *sources)).update(shape=shape),
             operands(recipe, *sources),
             attributes(recipe, experts),
         )
 
     def _combine(
         self, recipe: Recipe, rows: Float32[Array, "T K H"], weights: Float32[Array, "T K"]
-    ) -> Float32[Array, "T H"]:
-        varying = jax.typeof(emulation.varying_zeros((), jnp.dtype(jnp.float32), rows, weights))
+    ) -> Float[Array, "T H"]:
+        varying = jax.typeof(emulation.varying_zeros((), _sum_dtype(recipe.call), rows, weights))
         return self._call(
             library.CPU_COMBINE,
             varying.update(shape=(rows.shape[0], rows.shape[2])),
@@ -153,9 +159,14 @@ class Cpu:
         return jax.ffi.ffi_call(target, result)(*arrays, level=self.level or "", **options)
 
 
+def _sum_dtype(call: Call) -> Any:
+    """What the kernels write sums in."""
+    return jnp.dtype(jnp.bfloat16 if call.output_dtype == jnp.bfloat16 else jnp.float32)
+
+
 def operands(
     recipe: Recipe,
-    values: Float32[Array, "T H"],
+    values: Float[Array, "T H"],
     ids: Int32[Array, "T K"],
     weights: Float32[Array, "T K"],
     experts: ExpertWeights,

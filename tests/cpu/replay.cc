@@ -108,7 +108,7 @@ Layer LayerOf(const Recorded& recorded) {
   layer.weighted = text.at("weighted") == "True";
   layer.summed = true;
   const bool swizzled = text.at("swizzled") == "True";
-  layer.x = operands[0].data<float>();
+  layer.x = {const_cast<float*>(operands[0].data<float>()), false};
   layer.topk_ids = operands[1].data<int32_t>();
   layer.topk_weights = operands[2].data<float>();
   layer.w13 = MatrixOf(operands + 3, (layer.gated ? 2 : 1) * layer.intermediate_size,
@@ -125,7 +125,7 @@ Layer LayerOf(const Recorded& recorded) {
 
 std::vector<float> RunWith(int64_t threads, Layer layer, const Stages& stages) {
   std::vector<float> result(layer.tokens * layer.hidden_size, -1.0f);
-  layer.result = result.data();
+  layer.result = {result.data(), false};
   std::vector<std::thread> helpers;
   Run(layer, stages, threads, [&](std::function<void()> task) { helpers.emplace_back(task); });
   for (std::thread& helper : helpers) helper.join();
