@@ -14,8 +14,8 @@ import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe import parallel
 from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.implementations.cpu import LEVELS
-from tests import oracle
-from tests.conformance import Case, make_layer, reference, run
+from tests import conformance, oracle
+from tests.conformance import make_layer, reference, run
 from tests.cpu.replay import recorded_call
 
 pytestmark = pytest.mark.skipif(
@@ -24,6 +24,8 @@ pytestmark = pytest.mark.skipif(
 HERE = [name for name, there in library.cpu_levels().items() if there]
 both_paths = pytest.mark.parametrize("tokens", [3, 60])  # few tokens an expert, and many
 every_level = pytest.mark.parametrize("level", HERE)
+# Rows that fill the widest vectors, and leave a rest.
+Case = functools.partial(conformance.Case, hidden_size=320, intermediate_size=272)
 
 
 def arguments(layer):
@@ -109,7 +111,7 @@ def test_equals_the_emulation_to_accumulation_order(level, scheme, tokens, rng):
 @both_paths
 @every_level
 def test_depends_on_nothing_but_the_input(level, tokens, rng):
-    layer = make_layer(Case(tokens=tokens, num_experts=16, hidden_size=512), rng)
+    layer = make_layer(Case(tokens=tokens, num_experts=16), rng)
     want = run(layer, nvm.Cpu(level))
     for _ in range(5):
         np.testing.assert_array_equal(run(layer, nvm.Cpu(level)), want)
@@ -143,16 +145,18 @@ SPOILT = {
     "a tiny token": lambda e, x: (e, x.at[0].multiply(1e-30)),
     "a NaN scale in w13": lambda e, x: (spoil(e, "w13", 3, np.nan), x),
     "a NaN scale in w2": lambda e, x: (spoil(e, "w2", 3, np.nan), x),
+    "a NaN scale that ends a row": lambda e, x: (spoil(e, "w13", 3, np.nan, -1), x),
+    "a negative scale that ends a row": lambda e, x: (spoil(e, "w2", 3, -3.5, -1), x),
     "a negative scale": lambda e, x: (spoil(e, "w13", 2, -3.5), x),
     "a subnormal scale": lambda e, x: (spoil(e, "w13", 2, 2.0**-9), x),
     "scales of zero": lambda e, x: (spoil(e, "w13", slice(None), 0), x),
 }
 
 
-def spoil(experts, name, row, value):
+def spoil(experts, name, row, value, block=0):
     weights = getattr(experts, name)
     scale = np.array(weights.scale)
-    scale[:, row, 0] = value
+    scale[:, row, block] = value
     return dataclasses.replace(
         experts, **{name: dataclasses.replace(weights, scale=jnp.asarray(scale))}
     )
@@ -177,15 +181,24 @@ def test_what_is_not_finite_is_as_in_the_emulation(level, what, scheme, tokens, 
 
 def test_sizes_without_whole_steps(rng):
     """Blocks that do not fill the steps in which they are read, at either end of an allocation."""
-    for hidden, intermediate in [(16, 16), (48, 32), (80, 144), (272, 16), (2064, 48)]:
+    for hidden, intermediate in [(16, 16), (48, 32), (80, 144), (272, 16), (2064, 48), (16, 2112)]:
         for tokens in (1, 30):
-            case = Case(tokens, 3, 1, hidden, intermediate, dtype="float32")
+            case = conformance.Case(tokens, 3, 1, hidden, intermediate, dtype="float32")
             layer = make_layer(case, rng)
             want = reference(layer).out
             for level in HERE:
                 got = run(layer, nvm.Cpu(level))
                 near = np.abs(got - want) <= 1e-4 * np.abs(want).max()
                 assert near.all(axis=1).mean() > 0.6, (hidden, intermediate, tokens, level)
+
+
+@pytest.mark.parametrize("layout", ["trtllm", "cute_dsl"])
+@both_paths
+@every_level
+def test_a_layout_changes_no_bit(level, tokens, layout, rng):
+    layer = make_layer(Case(tokens, 4, hidden_size=2112), rng)
+    prepared = dataclasses.replace(layer, experts=nvm.prepare(layer.experts, layout))
+    np.testing.assert_array_equal(run(prepared, nvm.Cpu(level)), run(layer, nvm.Cpu(level)))
 
 
 # ------------------------------------------------------------------------------------- in programs
@@ -285,12 +298,12 @@ def call_with(rng, operands=None, dtype=jnp.float32, **changed):
         ({"level": "sse9"}, "level 'sse9' is not there, or this machine lacks it"),
         ({"intermediate_size": 4096}, "the sizes of codes and scales do not fit"),
         ({"intermediate_size": 24}, "the sizes of codes and scales do not fit"),
-        ({"operands": {5: np.full(128, 4000, np.int32)}}, "the order names rows that are not"),
+        ({"operands": {5: np.full(544, 4000, np.int32)}}, "the order names rows that are not"),
         ({"operands": {5: np.zeros(3, np.int32)}}, "the order lacks rows"),
         ({"operands": {6: np.zeros((8, 3), np.float32)}}, "w13's global scales: expected [E, G]"),
         ({"operands": {7: np.zeros(3, np.float32)}}, "w13's bias: expected [E, G * I]"),
         ({"operands": {2: np.zeros((3, 9), np.float32)}}, "sizes do not fit"),
-        ({"operands": {0: np.zeros((3, 128), np.float16)}}, "x needs to be float32 or bfloat16"),
+        ({"operands": {0: np.zeros((3, 320), np.float16)}}, "x needs to be float32 or bfloat16"),
         ({"dtype": jnp.float16}, "the result needs to be float32 or bfloat16"),
     ],
     ids=lambda each: each if isinstance(each, str) else None,

@@ -149,9 +149,8 @@ class Next {
 // ------------------------------------------------------------------------------------- tokens
 
 INLINE __m256i InBfloat16(const Codes& x) {
-  const __m512i doubled = _mm512_sub_epi32(
-      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x.shifted))),
-      _mm512_set1_epi32(12));
+  const __m512i doubled =
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x.doubled)));
   const __m512 value =
       _mm512_mul_ps(_mm512_cvtepi32_ps(doubled), _mm512_set1_ps(x.scale * 0x1p-7f));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(value), 16));

@@ -38,13 +38,13 @@ struct Avx512 {
   }
 };
 
-INLINE __m512i Four512(const uint8_t* codes) {
+INLINE __m512i Four512(const int8_t* codes) {
   int32_t bits;
   memcpy(&bits, codes, sizeof bits);
   return _mm512_set1_epi32(bits);
 }
 
-// start + sums of 16 products of a byte from 0 to 24 and one from -12 to 12, for each of 16 rows.
+// start + sums of 16 products of a byte from 0 to 24 and one from -12 to 12, in each lane.
 INLINE __m512i Dot512(__m512i start, const __m512i* unsigned_bytes, const __m512i* signed_bytes) {
 #if defined(__AVX512VNNI__)
   for (int i = 0; i < 4; ++i) {
@@ -60,86 +60,91 @@ INLINE __m512i Dot512(__m512i start, const __m512i* unsigned_bytes, const __m512
 #endif
 }
 
-// The four dwords of each of eight blocks, numbers `which` and `which` + 2 of them.
-template <int which>
-INLINE __m512i Halves512(__m512i even_blocks, __m512i odd_blocks) {
-  constexpr int kChoice = which == 0 ? 0x88 : 0xDD;
-  return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(even_blocks),
-                                               _mm512_castsi512_ps(odd_blocks), kChoice));
-}
-
-struct Along512 {
-  static constexpr int64_t kBlocks = 8, kTotals = 16;
-  using Sums = __m512;
-  struct Token {
-    __m512i even, odd;   // twice the values, signed
-    __m512i correction;  // -12 times their sum, as codes are shifted
+// A block in each lane, of as many rows, or along a row.
+struct Avx512Codes : Avx512 {
+  static constexpr bool kAlong = true;
+  static constexpr int kTotals = 16;
+  using Block = Codes;
+  struct Weights {
+    __m512i code[4];  // what they mean, in the order of Codes::doubled
     __m512 scale;
   };
-  struct Row {
-    __m512i even, odd;  // twice the values plus 12
+  struct Operand {
+    __m512i code[4];  // Codes::doubled
+    __m512i correction;
     __m512 scale;
   };
 
-  static INLINE Sums Zero() { return _mm512_setzero_ps(); }
+  static INLINE Weights Decoded(const __m512i* packed, __m512 scale) {
+    const __m512i table = _mm512_broadcast_i32x4(ShiftedValues()), low = _mm512_set1_epi8(15);
+    Weights w;
+    for (int i = 0; i < 2; ++i) {
+      const __m512i odd = _mm512_srli_epi16(packed[i], 4);
+      w.code[2 * i] = _mm512_shuffle_epi8(table, _mm512_and_si512(packed[i], low));
+      w.code[2 * i + 1] = _mm512_shuffle_epi8(table, _mm512_and_si512(odd, low));
+    }
+    w.scale = scale;
+    return w;
+  }
 
-  static INLINE Token Prepare(const Codes* x) {
+  static INLINE Weights Unpack(const __m512i* packed, const float* scales) {
+    return Decoded(packed, _mm512_loadu_ps(scales));
+  }
+
+  static INLINE Operand Broadcast(const Codes& x) {
+    return {{Four512(x.doubled), Four512(x.doubled + 4), Four512(x.doubled + 8),
+             Four512(x.doubled + 12)},
+            _mm512_set1_epi32(x.correction),
+            _mm512_set1_ps(x.scale)};
+  }
+
+  static INLINE Sums Add(Sums sums, const Weights& w, const Operand& x) {
+    const __m512 product = _mm512_cvtepi32_ps(Dot512(x.correction, w.code, x.code));
+    return _mm512_fmadd_ps(product, _mm512_mul_ps(w.scale, x.scale), sums);
+  }
+
+  // Along a row, blocks lie in the order in which _mm512_shuffle_ps leaves them, in each quarter
+  // two of the first eight and two of the last eight.
+
+  static INLINE Operand Gather(const Codes* x) {
     const auto four = [&](int64_t first) INLINE_LAMBDA {  // every other block
       const auto one = [&](int64_t b) INLINE_LAMBDA {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x[b].shifted));
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x[b].doubled));
       };
       __m512i v = _mm512_castsi128_si512(one(first));
       v = _mm512_inserti32x4(v, one(first + 2), 1);
       v = _mm512_inserti32x4(v, one(first + 4), 2);
-      v = _mm512_inserti32x4(v, one(first + 6), 3);
-      return _mm512_sub_epi8(v, _mm512_set1_epi8(12));
+      return _mm512_inserti32x4(v, one(first + 6), 3);
     };
-    const __m512i a = four(0), b = four(1), zero = _mm512_setzero_si512();
-    Token token;
-    token.even = Halves512<0>(a, b);
-    token.odd = Halves512<1>(a, b);
-    const __m512i twelve = _mm512_set1_epi8(12);
-    token.correction =
-        _mm512_sub_epi32(zero, Dot(Dot(zero, twelve, token.even), twelve, token.odd));
-    const __m256 scales = _mm256_setr_ps(x[0].scale, x[1].scale, x[2].scale, x[3].scale, x[4].scale,
-                                         x[5].scale, x[6].scale, x[7].scale);
-    token.scale =
-        _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
-                              _mm512_castps256_ps512(scales));
-    return token;
+    const __m512i a = four(0), b = four(1), c = four(8), d = four(9);
+    const __m512i low[2] = {_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d)};
+    const __m512i high[2] = {_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d)};
+    alignas(64) int32_t correction[kLanes];
+    alignas(64) float scale[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t block = lane / 4 * 2 + lane % 4 / 2 * 8 + lane % 2;
+      correction[lane] = x[block].correction;
+      scale[lane] = x[block].scale;
+    }
+    return {{_mm512_unpacklo_epi64(low[0], low[1]), _mm512_unpackhi_epi64(low[0], low[1]),
+             _mm512_unpacklo_epi64(high[0], high[1]), _mm512_unpackhi_epi64(high[0], high[1])},
+            _mm512_load_si512(correction),
+            _mm512_load_ps(scale)};
   }
 
-  static INLINE __m512i Dot(__m512i start, __m512i unsigned_bytes, __m512i signed_bytes) {
-#if defined(__AVX512VNNI__)
-    return _mm512_dpbusd_epi32(start, unsigned_bytes, signed_bytes);
-#else
-    const __m512i pairs = _mm512_maddubs_epi16(unsigned_bytes, signed_bytes);
-    return _mm512_add_epi32(start, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-#endif
-  }
-
-  static INLINE Row Decode(const uint8_t* codes, const uint8_t* scales) {
-    const __m512i table = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-    const __m512i low = _mm512_set1_epi8(15), packed = _mm512_loadu_si512(codes);
-    Row w;
-    w.even = _mm512_shuffle_epi8(table, _mm512_and_si512(packed, low));
-    w.odd = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(packed, 4), low));
-    // Of each scale two float16 whose exponent has another bias: times 2**-8 (panel_x86.h).
-    int64_t eight;
-    memcpy(&eight, scales, sizeof eight);
-    const __m256i places = _mm256_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3,
-                                            -1, 4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7);
-    const __m256i upper = _mm256_shuffle_epi8(_mm256_set1_epi64x(eight), places);
+  static INLINE Weights Decode(const uint8_t* codes, const uint8_t* scales) {
+    const __m512 a = _mm512_loadu_ps(codes), b = _mm512_loadu_ps(codes + 64);
+    const __m512i packed[2] = {_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)),
+                               _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xDD))};
+    // Of each scale a float16 whose exponent has another bias: times 2**-8 (panel_x86.h).
+    const __m256i bytes = _mm256_broadcastsi128_si256(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+    const __m256i upper = _mm256_shuffle_epi8(
+        bytes, _mm256_setr_epi8(-1, 0, -1, 1, -1, 8, -1, 9, -1, 2, -1, 3, -1, 10, -1, 11,  //
+                                -1, 4, -1, 5, -1, 12, -1, 13, -1, 6, -1, 7, -1, 14, -1, 15));
     const __m256i halves = _mm256_and_si256(_mm256_srai_epi16(upper, 1),
                                             _mm256_set1_epi16(static_cast<int16_t>(0xBFFF)));
-    w.scale = _mm512_cvtph_ps(halves);
-    return w;
-  }
-
-  static INLINE Sums Add(Sums sums, const Row& w, const Token& x) {
-    const __m512i dot = Dot(Dot(x.correction, w.even, x.even), w.odd, x.odd);
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(w.scale, x.scale), sums);
+    return Decoded(packed, _mm512_cvtph_ps(halves));
   }
 
   static INLINE bool AnyNan(const uint8_t* scales, int64_t count) {
@@ -162,49 +167,6 @@ struct Along512 {
         _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
     const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
     _mm_storeu_ps(to, first ? sum : _mm_add_ps(_mm_loadu_ps(to), sum));
-  }
-};
-
-struct Avx512Codes : Avx512 {
-  static constexpr bool kAlong = true;
-  using Along = Along512;
-  using Block = Codes;
-  struct Weights {
-    __m512i code[4];     // twice the value, in the order of Codes::shifted
-    __m512i correction;  // -12 times the sum of a row's, as the tokens' are shifted
-    __m512 scale;
-  };
-  struct Operand {
-    __m512i code[4];
-    __m512 scale;
-  };
-
-  static INLINE Weights Unpack(const __m512i* packed, const float* scales) {
-    const __m512i table = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
-    const __m512i low = _mm512_set1_epi8(15);
-    Weights w;
-    for (int i = 0; i < 2; ++i) {
-      const __m512i odd = _mm512_srli_epi16(packed[i], 4);
-      w.code[2 * i] = _mm512_shuffle_epi8(table, _mm512_and_si512(packed[i], low));
-      w.code[2 * i + 1] = _mm512_shuffle_epi8(table, _mm512_and_si512(odd, low));
-    }
-    const __m512i shift = _mm512_set1_epi8(12), shifts[4] = {shift, shift, shift, shift};
-    const __m512i zero = _mm512_setzero_si512();
-    w.correction = _mm512_sub_epi32(zero, Dot512(zero, shifts, w.code));
-    w.scale = _mm512_loadu_ps(scales);
-    return w;
-  }
-
-  static INLINE Operand Broadcast(const Codes& x) {
-    return {{Four512(x.shifted), Four512(x.shifted + 4), Four512(x.shifted + 8),
-             Four512(x.shifted + 12)},
-            _mm512_set1_ps(x.scale)};
-  }
-
-  static INLINE Sums Add(Sums sums, const Weights& w, const Operand& x) {
-    const __m512 product = _mm512_cvtepi32_ps(Dot512(w.correction, x.code, w.code));
-    return _mm512_fmadd_ps(product, _mm512_mul_ps(w.scale, x.scale), sums);
   }
 };
 

@@ -51,7 +51,7 @@ struct PortableCodes : Portable {
   using Block = Codes;
   using Operand = const Codes&;
   struct Weights {
-    int8_t code[kBlock][kLanes];  // in the order of Codes::shifted
+    int8_t code[kBlock][kLanes];  // in the order of Codes::doubled, not shifted
     float scale[kLanes];
   };
 
@@ -73,7 +73,7 @@ struct PortableCodes : Portable {
     int32_t product[kLanes] = {};
     for (int64_t i = 0; i < kBlock; ++i) {
       for (int64_t lane = 0; lane < kLanes; ++lane)
-        product[lane] += w.code[i][lane] * (x.shifted[i] - 12);
+        product[lane] += w.code[i][lane] * x.doubled[i];
     }
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       sums.lane[lane] += product[lane] * (w.scale[lane] * x.scale);

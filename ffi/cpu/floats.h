@@ -131,18 +131,22 @@ INLINE void Quantize(const Floats* x, float encode, Codes* to) {
   const float step = scale == 0 ? 1.0f : scale;
   float inverse = encode / step;
   inverse = inverse > 0x1.fffffep127f ? 0x1.fffffep127f : inverse;
-  int32_t codes[kBlock];
+  int32_t codes[kBlock], sum = 0;
   for (int64_t i = 0; i < kParts; ++i) {
     const Floats scaled = x[i] * inverse, a = Abs(scaled);
     // What each boundary that is passed adds to the doubled value; a tie belongs to the even code.
     const Ints doubled = -((a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) +
                            2 * ((a > 2.5f) + (a >= 3.5f)) + 4 * (a > 5.0f));
     const Ints sign = Bits(scaled) >> 31;
-    const Ints shifted = ((doubled ^ sign) - sign) + 12;
-    memcpy(codes + i * kWidth, &shifted, sizeof shifted);
+    const Ints value = (doubled ^ sign) - sign;
+    memcpy(codes + i * kWidth, &value, sizeof value);
   }
   static constexpr int kOrder[kBlock] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
-  for (int64_t i = 0; i < kBlock; ++i) to->shifted[i] = static_cast<uint8_t>(codes[kOrder[i]]);
+  for (int64_t i = 0; i < kBlock; ++i) {
+    to->doubled[i] = static_cast<int8_t>(codes[kOrder[i]]);
+    sum += codes[i];
+  }
+  to->correction = -kShift * sum;
   to->scale = 64 * scale;
 }
 

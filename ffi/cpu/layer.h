@@ -36,11 +36,15 @@ struct Matrix {
   bool swizzled;         // scales lie in tiles of 128 x 4 (jax_nvfp4_moe/layouts.py)
 };
 
+// Added to twice the values of weights, as instructions multiply unsigned bytes by signed ones.
+constexpr int kShift = 12;
+
 // One block of a quantised activation, as the products read it.
 struct Codes {
-  // Twice the E2M1 values plus 12, as instructions multiply unsigned bytes by signed ones, of
-  // elements 0 2 4 6 1 3 5 7 and 8 10 12 14 9 11 13 15.
-  uint8_t shifted[kBlock];
+  // Twice the E2M1 values, of elements 0 2 4 6, 1 3 5 7, 8 10 12 14 and 9 11 13 15.
+  int8_t doubled[kBlock];
+  // -kShift times their sum: what is to be added as the weights that they meet are shifted.
+  int32_t correction;
   // The block's, times 64: a quarter, as both factors are doubled, and 2**8, which decoded weight
   // scales lack.
   float scale;

@@ -10,6 +10,11 @@
 namespace jax_nvfp4_moe::cpu {
 namespace {
 
+// What codes stand for: twice their values plus kShift.
+INLINE __m128i ShiftedValues() {
+  return _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+}
+
 // 8 rows of 8 dwords, transposed: to[i] holds the rows' dwords number i.
 INLINE void Transpose8x8(const uint8_t* const* rows, int64_t offset, __m256i* to) {
   for (int half = 0; half < 2; ++half) {

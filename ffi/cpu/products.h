@@ -11,7 +11,7 @@
 //   Transpose(rows, offset, packed)   4 blocks of each row, from byte `offset` on
 //   DecodeScales(rows, count, to)     [count, kLanes] floats, times 2**-8
 //   Unpack(packed, scales), Broadcast(block), Add(sums, weights, operand), Zero, Load, Store
-//   kAlong            has a type Along (along.h), which is better for few tokens
+//   kAlong            has what along.h takes, which is better for few tokens
 //   kTiles            has MultiplyByTiles, which is better beyond kTilesBeyond tokens
 //
 // Few tokens: weights are decoded in registers, for up to kFew tokens, and the memory's speed is
@@ -249,8 +249,8 @@ void Multiply(const Rows& rows, const typename Engine::Block* const* tokens, int
               float* sums, int64_t stride, Scratch* scratch) {
   const auto few = [&](auto count) INLINE_LAMBDA {
     if constexpr (Engine::kAlong) {
-      if (rows.matrix->columns >= Engine::Along::kBlocks * kBlock) {  // else no row fills a vector
-        return MultiplyAlong<typename Engine::Along, count>(rows, tokens, sums, stride, scratch);
+      if (rows.matrix->columns >= Engine::kLanes * kBlock) {  // else no row fills a vector
+        return MultiplyAlong<Engine, count>(rows, tokens, sums, stride, scratch);
       }
     }
     MultiplyFew<Engine, count>(rows, tokens, sums, stride, scratch);
