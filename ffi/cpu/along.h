@@ -96,8 +96,8 @@ INLINE void MultiplyGroup(const Group& group, const Group& ahead, int64_t first,
     for (int t = 0; t < kCount; ++t) total[i][t] = Engine::Zero();
   }
   const auto add = [&](int i, int64_t step, int64_t block) INLINE_LAMBDA {
-    const typename Engine::Weights w = Engine::Decode(
-        group.codes[first + i] + block * (kBlock / 2), group.scales[first + i] + block);
+    const typename Engine::Weights w = Engine::Decode(group.codes[first + i] + block * (kBlock / 2),
+                                                      group.scales[first + i] + block);
     for (int t = 0; t < kCount; ++t) {
       total[i][t] = Engine::Add(total[i][t], w, tokens[step * kCount + t]);
     }

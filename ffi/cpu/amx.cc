@@ -306,19 +306,12 @@ struct Amx : ForFew {
 
   static void MultiplyByTiles(const Rows& rows, const Block* const* tokens, int64_t num_tokens,
                               float* sums, int64_t stride, Scratch* scratch) {
-    switch ((num_tokens + kTile - 1) / kTile) {
-      case 1:
-        return MultiplyTokenTiles<1>(rows, tokens, num_tokens, sums, stride, scratch);
-      case 2:
-        return MultiplyTokenTiles<2>(rows, tokens, num_tokens, sums, stride, scratch);
-      case 3:
-        return MultiplyTokenTiles<3>(rows, tokens, num_tokens, sums, stride, scratch);
-      case 4:
-        return MultiplyTokenTiles<4>(rows, tokens, num_tokens, sums, stride, scratch);
-    }
+    const auto multiply = [&](auto count) INLINE_LAMBDA {
+      MultiplyTokenTiles<count>(rows, tokens, num_tokens, sums, stride, scratch);
+    };
+    WithConstant<kTokenTiles>((num_tokens + kTile - 1) / kTile, multiply);
   }
 };
-static_assert(kTokenTiles == 4);
 
 }  // namespace
 

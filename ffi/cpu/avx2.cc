@@ -80,8 +80,8 @@ struct Avx2Codes : Avx2 {
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), _mm256_mul_ps(w.scale, x.scale), sums);
   }
 
-  // Along a row, blocks lie in the order in which _mm256_shuffle_ps leaves them, in each half two of
-  // the first four and two of the last four.
+  // Along a row, blocks lie in the order in which _mm256_shuffle_ps leaves them, in each half two
+  // of the first four and two of the last four.
 
   static INLINE Operand Gather(const Codes* x) {
     const auto two = [&](int64_t first) INLINE_LAMBDA {  // every other block

@@ -68,12 +68,26 @@ INLINE Ints MaxBits(const Ints& most, const Floats& x) {
   return bits > most ? bits : most;
 }
 
+// A vector's elements combined into one: fours first, which are registers anywhere.
+template <class Combine>
+INLINE int32_t Combined(const Ints& x, const Combine& combine) {
+  typedef int32_t Four __attribute__((vector_size(16)));
+  Four fours[kWidth / 4];
+  memcpy(fours, &x, sizeof x);
+  Four one = fours[0];
+  for (int64_t i = 1; i < kWidth / 4; ++i) one = combine(one, fours[i]);
+  return combine(combine(one[0], one[1]), combine(one[2], one[3]));
+}
+
 INLINE float Largest(const Ints& bits) {
-  int32_t most = 0;
-  for (int64_t i = 0; i < kWidth; ++i) most = bits[i] > most ? bits[i] : most;
+  const int32_t most = Combined(bits, [](auto a, auto b) INLINE_LAMBDA { return a > b ? a : b; });
   float x;
   memcpy(&x, &most, sizeof x);
   return x;
+}
+
+INLINE int32_t Sum(const Ints& x) {
+  return Combined(x, [](auto a, auto b) INLINE_LAMBDA { return a + b; });
 }
 
 // ------------------------------------------------------------------------------------- rounding
@@ -121,6 +135,17 @@ INLINE float ScaleFor(float amax) {
   return amax == 0 ? 1.0f : scale < 0x1p-126f ? 0x1p-126f : scale;
 }
 
+typedef int8_t Bytes __attribute__((vector_size(kBlock)));
+
+// In the order of Codes::doubled.
+INLINE Bytes Ordered(const Bytes& x) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+#else
+  return __builtin_shuffle(x, (Bytes){0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
+#endif
+}
+
 // A block at an encode scale: jax_nvfp4_moe.format.quantize_blocks.
 INLINE void Quantize(const Floats* x, float encode, Codes* to) {
   Ints most = {};
@@ -131,7 +156,10 @@ INLINE void Quantize(const Floats* x, float encode, Codes* to) {
   const float step = scale == 0 ? 1.0f : scale;
   float inverse = encode / step;
   inverse = inverse > 0x1.fffffep127f ? 0x1.fffffep127f : inverse;
-  int32_t codes[kBlock], sum = 0;
+  typedef int8_t Part __attribute__((vector_size(kWidth)));
+  typedef int16_t Twos __attribute__((vector_size(2 * kWidth)));  // on the way: GCC takes one step
+  Part parts[kParts];
+  Ints sum = {};
   for (int64_t i = 0; i < kParts; ++i) {
     const Floats scaled = x[i] * inverse, a = Abs(scaled);
     // What each boundary that is passed adds to the doubled value; a tie belongs to the even code.
@@ -139,14 +167,14 @@ INLINE void Quantize(const Floats* x, float encode, Codes* to) {
                            2 * ((a > 2.5f) + (a >= 3.5f)) + 4 * (a > 5.0f));
     const Ints sign = Bits(scaled) >> 31;
     const Ints value = (doubled ^ sign) - sign;
-    memcpy(codes + i * kWidth, &value, sizeof value);
+    parts[i] = __builtin_convertvector(__builtin_convertvector(value, Twos), Part);
+    sum += value;
   }
-  static constexpr int kOrder[kBlock] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
-  for (int64_t i = 0; i < kBlock; ++i) {
-    to->doubled[i] = static_cast<int8_t>(codes[kOrder[i]]);
-    sum += codes[i];
-  }
-  to->correction = -kShift * sum;
+  Bytes bytes;
+  memcpy(&bytes, parts, sizeof bytes);
+  bytes = Ordered(bytes);
+  memcpy(to->doubled, &bytes, sizeof bytes);
+  to->correction = -kShift * Sum(sum);
   to->scale = 64 * scale;
 }
 

@@ -238,11 +238,6 @@ void MultiplyMany(const Rows& rows, const typename Engine::Block* const* tokens,
 
 // ------------------------------------------------------------------------------------- any number
 
-template <int kValue>
-struct Constant {
-  constexpr operator int() const { return kValue; }
-};
-
 // sums[t * stride + r] = the product of row r with token t's blocks, without global scales.
 template <class Engine>
 void Multiply(const Rows& rows, const typename Engine::Block* const* tokens, int64_t num_tokens,
@@ -255,24 +250,7 @@ void Multiply(const Rows& rows, const typename Engine::Block* const* tokens, int
     }
     MultiplyFew<Engine, count>(rows, tokens, sums, stride, scratch);
   };
-  switch (num_tokens) {
-    case 1:
-      return few(Constant<1>());
-    case 2:
-      return few(Constant<2>());
-    case 3:
-      return few(Constant<3>());
-    case 4:
-      return few(Constant<4>());
-    case 5:
-      return few(Constant<5>());
-    case 6:
-      return few(Constant<6>());
-    case 7:
-      return few(Constant<7>());
-    case 8:
-      return few(Constant<8>());
-  }
+  if (WithConstant<kFew>(num_tokens, few)) return;
   MultiplyMany<Engine>(rows, tokens, num_tokens, sums, stride, scratch);
 }
 

@@ -53,6 +53,22 @@ struct Scratch {
 static_assert(kFew * kDepth <= kTaskTokens * kPanelBlocks);
 static_assert(sizeof(Scratch) <= kScratchBytes);
 
+template <int kValue>
+struct Constant {
+  constexpr operator int() const { return kValue; }
+};
+
+// Calls `use` with the number as a Constant, if it is from 1 to kMost; says whether it was.
+template <int kMost, class Use>
+INLINE bool WithConstant(int64_t number, const Use& use) {
+  if (number == kMost) {
+    use(Constant<kMost>());
+    return true;
+  }
+  if constexpr (kMost > 1) return WithConstant<kMost - 1>(number, use);
+  return false;
+}
+
 // `count` scales of a row, from block `from` on: where they are, or a copy of them.
 INLINE const uint8_t* RowScales(const Rows& rows, int64_t stored, int64_t from, int64_t count,
                                 uint8_t* copy) {
