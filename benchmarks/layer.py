@@ -6,7 +6,8 @@
 Contenders run on the cores that this process may use (`taskset` limits them), one at a time, each
 in a process of its own. Weights are larger than the cache, and calls go round them. Before it is
 timed, a contender's result is compared with the emulation's; a larger difference than its
-arithmetic explains ends the run.
+arithmetic explains ends the run. A plain product of bfloat16 matrices (torch's, if it is installed)
+has its turns too: `product_gflop_s` is its median, `of_product` how much of that a contender does.
 
 Memory: `peak_mb` is how much the first call raised the resident size of a process, other than the
 timed one, in which weights, tokens and compiled programs were already; `temp_mb` is what XLA plans.
@@ -25,7 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from benchmarks import layers, machine, measuring, memory, results, tables
 from benchmarks.contenders import CONTENDERS
 from benchmarks.contenders.base import Unavailable
-from benchmarks.process import Contender
+from benchmarks.process import Contender, Product
 
 TOKENS = (1, 2, 4, 16, 64, 256, 1024, 4096)
 TOLERATED = 0.05  # of the cores, used by others while times are taken
@@ -133,6 +134,7 @@ class Run:
         self.copies = layer.copies(self.cache)
         self.contenders, self.refused = [], {}
         self.emulation = None  # what the others are compared with
+        self.product = None
 
     def describe(self):
         return {**self.layer.describe(), "copies": self.copies, "scheme": self.scheme}
@@ -154,6 +156,7 @@ class Run:
 
     def start(self, names, console):
         """Makes the weights, one contender after another."""
+        self.product = Product()
         for name in dict.fromkeys(["emulation", *names]):
             with console.status(f"{name}: making its weights"):
                 try:
@@ -188,9 +191,12 @@ class Run:
             if (peak := peaks.get((contender.name, tokens))) is not None:
                 facts |= {"peak_mb": round(peak / 1e6, 1)}
             ready[contender] = facts
-        neighbours = machine.Neighbours([contender.pid for contender in ready])
-        times = self._times(tokens, list(ready), console)
+        takes_turns = [*ready, self.product]
+        neighbours = machine.Neighbours([contender.pid for contender in takes_turns])
+        times = self._times(tokens, takes_turns, console)
         share = neighbours.share()
+        product = float(np.median(times.pop(self.product.name)))
+        product = {"product_gflop_s": round(self.product.traits["flops"] / product / 1e9, 1)}
         if share > TOLERATED:
             console.print(f"[red]Others had {share:.0%} of the cores: these times are too long.")
         hits = self._hits(tokens)
@@ -202,6 +208,7 @@ class Run:
                 **measuring.spread(times[contender.name]),
                 "calls": len(times[contender.name]),
                 "others_share": round(share, 3),
+                **product,
                 **facts,
                 "weights_mb": round(contender.traits["weights_nbytes"] / 1e6, 1),
             }
@@ -213,21 +220,21 @@ class Run:
         ]
 
     def close(self):
-        for contender in {self.emulation, *self.contenders} - {None}:
+        for contender in {self.emulation, self.product, *self.contenders} - {None}:
             contender.close()
 
     def _contender(self, name):
         return Contender(name, self.layer, self.copies, self.scheme)
 
-    def _times(self, tokens, ready, console):
+    def _times(self, tokens, contenders, console):
         columns = (TextColumn(f"T = {tokens}"), BarColumn(), TextColumn("{task.description}"))
         with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-            task = progress.add_task("", total=self.turns * len(ready))
+            task = progress.add_task("", total=self.turns * len(contenders))
 
             def advance(description):
                 progress.update(task, advance=1, description=description)
 
-            return measuring.turns(ready, self.turns, self.burst, self.seconds, advance)
+            return measuring.turns(contenders, self.turns, self.burst, self.seconds, advance)
 
     def _hits(self, tokens):
         """Experts that a call hits, on average."""

@@ -57,6 +57,7 @@ def rates(layer, line, limits):
         "gflop_s": round(flops / seconds / 1e9, 2),
         "of_read": round(reading / seconds, 4),
         **{f"of_{n}": round(flops / seconds / rate / 1e9, 4) for n, rate in gflop_s.items()},
+        "of_product": round(flops / seconds / line["product_gflop_s"] / 1e9, 4),
         "limit_ms": float(f"{max(reading, computing) * 1e3:.4g}"),
         "of_limit": round(max(reading, computing) / seconds, 4),
     }

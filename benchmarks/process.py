@@ -107,6 +107,18 @@ class Contender(Remote):
         return self.ask("burst", seconds)
 
 
+class Product(Remote):
+    """The machine's own product of matrices, which takes turns with the contenders."""
+
+    def __init__(self):
+        super().__init__("product", machine.MatrixProduct)
+        self.traits = self.answer()
+
+    def burst(self, seconds):
+        """The seconds of each product in a row of them."""
+        return self.ask("burst", seconds)
+
+
 # ------------------------------------------------------------------------------------- inside
 
 

@@ -15,6 +15,7 @@ COLUMNS = {
     "calls": lambda line: str(line["calls"]),
     "GB/s": lambda line: f"{line['packed_gb_s']:.2f}",
     "GFLOP/s": lambda line: f"{line['gflop_s']:.1f}",
+    "of bf16": lambda line: f"{100 * line['of_product']:.1f} %",
     "limit": lambda line: f"{100 * line['of_limit']:.1f} %",
     "differs": lambda line: f"{line['difference']:g}",
     "peak MB": lambda line: f"{line['peak_mb']:.1f}" if "peak_mb" in line else "",
@@ -34,7 +35,7 @@ GPU_COLUMNS = {
 
 
 def show(lines, layer, columns=COLUMNS):
-    """One number of tokens' lines; `limit` is how much of the machine's they reach."""
+    """One number of tokens' lines; `limit` is how much of the machine's best they reach."""
     table = Table(title=f"{layer}, T = {lines[0]['tokens']}", title_justify="left")
     table.add_column("", no_wrap=True)
     for heading in columns:

@@ -286,7 +286,7 @@ def test_turns_leave_out_who_had_its_time():
 
 def test_rates():
     limits = {"read_gb_s": 10.0, "float32_gflop_s": 100.0, "bfloat16_gflop_s": 50.0}
-    line = {"tokens": 4, "hit_experts": 8, "median_ms": 1.0}
+    line = {"tokens": 4, "hit_experts": 8, "median_ms": 1.0, "product_gflop_s": 25.0}
     found = measuring.rates(TINY, line, limits)
     flops, packed = 2 * 4 * 2 * 3 * 128 * 64, 8 * (3 * 128 * 64 * 9 // 16 + 12)
     assert found["gflop_s"] == pytest.approx(flops / 1e6, abs=0.01)
@@ -294,7 +294,16 @@ def test_rates():
     assert found["limit_ms"] == pytest.approx(packed / 10e9 * 1e3, rel=1e-3)
     assert found["of_limit"] == found["of_read"]
     assert found["of_bfloat16"] == pytest.approx(2 * found["of_float32"], abs=2e-4)
+    assert found["of_product"] == pytest.approx(2 * found["of_bfloat16"], abs=2e-4)
     assert measuring.rates(TINY, {"unavailable": "no"}, limits) == {}
+
+
+def test_the_product_takes_turns(monkeypatch):
+    monkeypatch.setattr(machine, "SIZES", (64, 128))
+    product = machine.MatrixProduct()
+    assert product.traits() == {"flops": 2 * 128**3}
+    times = product.burst(0.01)
+    assert len(times) > 1 and min(times) > 0
 
 
 def test_the_peak_is_that_of_the_call():
@@ -333,6 +342,7 @@ def made_up_lines():
             middle = tokens * slower
             line = {"contender": name, "tokens": tokens, "hit_experts": min(8, 2 * tokens)}
             line |= {"q1_ms": 0.9 * middle, "median_ms": middle, "q3_ms": 1.2 * middle}
+            line |= {"product_gflop_s": 15.0}
             lines.append(line | measuring.rates(TINY, line, limits))
     return lines
 
