@@ -149,7 +149,8 @@ class Server:
 
     def __init__(self, name, layer, copies, scheme):
         kind = contenders.load(name)
-        needed = copies * layer.experts * layer.parameters * kind.bytes_per_parameter()
+        each = copies * kind.bytes_per_parameter() + kind.temporary_bytes_per_parameter()
+        needed = layer.experts * layer.parameters * each
         if needed > (available := machine.meminfo("MemAvailable")):
             raise Unavailable(f"needs {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
         self.layer = layer

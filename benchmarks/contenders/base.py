@@ -41,6 +41,11 @@ class Contender(abc.ABC):
         """Of the weights as it keeps them."""
         return 9 / 16
 
+    @classmethod
+    def temporary_bytes_per_parameter(cls):
+        """Of what one call makes of the weights of one copy."""
+        return 0
+
     @abc.abstractmethod
     def prepare(self, batches):
         """Gets ready for these batches, and returns what is worth noting, a dict."""

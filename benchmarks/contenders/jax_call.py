@@ -43,7 +43,8 @@ class JaxContender(Contender):
         return compiled, facts
 
     def run(self, copy, batch):
-        return np.asarray(self.compiled(*self.batches[batch], *self.weights[copy]))
+        # Awaited, and left where the next layer of a program would find it.
+        return jax.block_until_ready(self.compiled(*self.batches[batch], *self.weights[copy]))
 
     def chain(self, batches):
         """A layer for each batch, as one program."""
