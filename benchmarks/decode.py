@@ -93,18 +93,26 @@ class NoExperts(nnx.Module):
         return jnp.zeros_like(x)
 
 
+def with_experts(model, implementation):
+    """The model, with the same weights, and its experts computed so, or left out."""
+    model = nnx.clone(model)
+    for layer in model.layers:
+        if implementation == "none":
+            layer.moe = NoExperts()
+        else:
+            layer.moe.implementation = implementation
+    return model
+
+
 class Decoder:
     """A model with one implementation of its experts, as `measuring.turns` wants contenders."""
 
     def __init__(self, name, model, texts, tokens):
-        self.name, self.model, self.texts, self.tokens = name, model, texts, tokens
-        self.blocks = [block.moe for block in model.layers]
+        self.name, self.model = name, with_experts(model, name)
+        self.texts, self.tokens = texts, tokens
 
     def burst(self, seconds):
         """Seconds of each step but the first, which reads the prompts."""
-        for layer, block in zip(self.model.layers, self.blocks, strict=True):
-            block.implementation = self.name
-            layer.moe = NoExperts() if self.name == "none" else block
         tokens = jax.random.randint(jax.random.key(1), (self.texts, PROMPT), 0, 1000)
         state = tokens, self.model.empty_cache(self.texts, PROMPT + self.tokens), jnp.int32(0)
         times = []
@@ -113,8 +121,6 @@ class Decoder:
             state = generate.step(self.model, *state, jax.random.key(0), 0.0, 1)
             state[0].block_until_ready()
             times.append(time.perf_counter() - begin)
-        for layer, block in zip(self.model.layers, self.blocks, strict=True):
-            layer.moe = block
         return times[1:]
 
 

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from benchmarks import layers, machine, measuring, memory, results, tables
 from benchmarks.contenders import CONTENDERS
 from benchmarks.contenders.base import Unavailable
-from benchmarks.process import Contender, Product
+from benchmarks.process import Contender, Timed
 
 TOKENS = (1, 2, 4, 16, 64, 256, 1024, 4096)
 TOLERATED = 0.05  # of the cores, used by others while times are taken
@@ -156,7 +156,7 @@ class Run:
 
     def start(self, names, console):
         """Makes the weights, one contender after another."""
-        self.product = Product()
+        self.product = Timed("product", machine.MatrixProduct)
         for name in dict.fromkeys(["emulation", *names]):
             with console.status(f"{name}: making its weights"):
                 try:

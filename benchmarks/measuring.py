@@ -28,6 +28,20 @@ def turns(contenders, count, burst, seconds, advance):
     return times
 
 
+def burst(call, seconds):
+    """The seconds of calls, as each returns them, until the time is over; one at least.
+
+    One before them is not counted, unless it alone takes so long that what it finds cold does not
+    matter.
+    """
+    times = [call()]
+    if times[0] < seconds:
+        begin, times = time.perf_counter(), []
+        while not times or time.perf_counter() - begin < seconds:
+            times.append(call())
+    return times
+
+
 def spread(times):
     """Five quantiles in milliseconds."""
     names = ("min_ms", "q1_ms", "median_ms", "q3_ms", "max_ms")

@@ -11,7 +11,7 @@ import traceback
 
 import numpy as np
 
-from benchmarks import contenders, layers, machine, memory
+from benchmarks import contenders, layers, machine, measuring, memory
 from benchmarks.contenders.base import Unavailable
 
 
@@ -75,16 +75,27 @@ class Failed(RuntimeError):
     """An error in another process; the message ends with its traceback."""
 
 
-class Contender(Remote):
-    """A contender in its process."""
+class Timed(Remote):
+    """An object that takes turns in calling what is measured."""
 
-    def __init__(self, name, layer, copies, scheme):
-        super().__init__(name, Server, name, layer, copies, scheme)
+    def __init__(self, name, make, *arguments):
+        super().__init__(name, make, *arguments)
         try:
             self.traits = self.answer()
         except Unavailable:
             self.close()
             raise
+
+    def burst(self, seconds):
+        """The seconds of each call in a row of them."""
+        return self.ask("burst", seconds)
+
+
+class Contender(Timed):
+    """A contender in its process."""
+
+    def __init__(self, name, layer, copies, scheme):
+        super().__init__(name, Server, name, layer, copies, scheme)
 
     def prepare(self, tokens, cache):
         """Facts about what was compiled for so many tokens."""
@@ -101,22 +112,6 @@ class Contender(Remote):
     def expected(self, reference):
         """The emulation's result for the first batch."""
         return self.ask("expected", reference)
-
-    def burst(self, seconds):
-        """The seconds of each call in a row of them."""
-        return self.ask("burst", seconds)
-
-
-class Product(Remote):
-    """The machine's own product of matrices, which takes turns with the contenders."""
-
-    def __init__(self):
-        super().__init__("product", machine.MatrixProduct)
-        self.traits = self.answer()
-
-    def burst(self, seconds):
-        """The seconds of each product in a row of them."""
-        return self.ask("burst", seconds)
 
 
 # ------------------------------------------------------------------------------------- inside
@@ -182,17 +177,7 @@ class Server:
         return np.asarray(self.contender.expected(reference), np.float32)
 
     def burst(self, seconds):
-        """Calls until the time is over, one at least.
-
-        One before them is not counted, unless it alone takes so long that what it finds cold does
-        not matter.
-        """
-        times = [self.call()]
-        if times[0] < seconds:
-            begin, times = time.perf_counter(), []
-            while not times or time.perf_counter() - begin < seconds:
-                times.append(self.call())
-        return times
+        return measuring.burst(self.call, seconds)
 
     def call(self):
         """The next batch on the next copy of the layer."""

@@ -277,7 +277,7 @@ def test_gradients_are_the_emulations(rng):
 # ------------------------------------------------------------------------------------- bad input
 
 
-def call_with(rng, operands=None, dtype=jnp.float32, **changed):
+def call_with(rng, operands=None, shape=(3, 320), dtype=jnp.float32, **changed):
     """The custom call as nobody should make it: what the library itself refuses."""
     layer = make_layer(Case(tokens=3), rng)
     attributes, arrays = recorded_call(layer, layer.experts)
@@ -285,7 +285,7 @@ def call_with(rng, operands=None, dtype=jnp.float32, **changed):
         arrays[index] = array
     options = {"level": "", **attributes, **changed}
     library.register_cpu_targets()
-    result = jax.ShapeDtypeStruct(layer.x.shape, dtype)
+    result = jax.ShapeDtypeStruct(shape, dtype)
     return jax.ffi.ffi_call(library.CPU_LAYER, result)(*map(jnp.asarray, arrays), **options)
 
 
@@ -305,6 +305,7 @@ def call_with(rng, operands=None, dtype=jnp.float32, **changed):
         ({"operands": {2: np.zeros((3, 9), np.float32)}}, "sizes do not fit"),
         ({"operands": {0: np.zeros((3, 320), np.float16)}}, "x needs to be float32 or bfloat16"),
         ({"dtype": jnp.float16}, "the result needs to be float32 or bfloat16"),
+        ({"shape": (3, 2, 320), "dtype": jnp.bfloat16}, "every expert's output needs to be float"),
     ],
     ids=lambda each: each if isinstance(each, str) else None,
 )

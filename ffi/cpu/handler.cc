@@ -162,10 +162,11 @@ ffi::Error Compute(ffi::ThreadPool pool, Any x, Integers topk_ids, Floats topk_w
   layer.input_scale = input_scale.typed_data()[0];
   layer.hidden_scale = hidden_scale.typed_data()[0];
   layer.result = ElementsOf(*result, "the result needs to be float32 or bfloat16");
+  Expect(layer.summed || !layer.result.narrow, "every expert's output needs to be float32");
   Expect(static_cast<int64_t>(topk_ids.element_count()) == pairs &&
              static_cast<int64_t>(topk_weights.element_count()) == pairs &&
              codes2.dimensions()[0] == experts && layer.global_scale13 != nullptr &&
-             layer.global_scale2 != nullptr && (layer.summed || !layer.result.narrow) &&
+             layer.global_scale2 != nullptr &&
              static_cast<int64_t>(result->element_count()) ==
                  (layer.summed ? layer.tokens : pairs) * layer.hidden_size,
          "sizes do not fit");
