@@ -40,7 +40,7 @@ def build(folder):
     bare, fake = folder / "libbare.so", folder / "libfake.so"
     for output, source, include in (
         (bare, ROOT / "benchmarks/bare_call.cc", headers),
-        (fake, ROOT / "tests/bridge/fake_module.cc", tvm_ffi / "include"),
+        (fake, ROOT / "tests/support/fake_module.cc", tvm_ffi / "include"),
     ):
         command = [*flags, "-isystem", str(include), "-o", str(output), str(source), "-ldl"]
         subprocess.run(command, check=True)

@@ -3,7 +3,6 @@
 from jax_nvfp4_moe import checkpoint as checkpoint
 from jax_nvfp4_moe import parallel as parallel
 from jax_nvfp4_moe.activations import Activation as Activation
-from jax_nvfp4_moe.arrangement import prepare as prepare
 from jax_nvfp4_moe.bridge.cute_dsl import Tactic as Tactic
 from jax_nvfp4_moe.checkpoint import Checkpoint as Checkpoint
 from jax_nvfp4_moe.checkpoint import CheckpointError as CheckpointError
@@ -17,15 +16,16 @@ from jax_nvfp4_moe.format import dequantize as dequantize
 from jax_nvfp4_moe.format import pack as pack
 from jax_nvfp4_moe.format import quantize as quantize
 from jax_nvfp4_moe.format import unpack as unpack
-from jax_nvfp4_moe.implementations.cpu import Cpu as Cpu
-from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl as CuteDsl
-from jax_nvfp4_moe.implementations.triton import Triton as Triton
+from jax_nvfp4_moe.implementations.cpu.implementation import Cpu as Cpu
+from jax_nvfp4_moe.implementations.cute_dsl.implementation import CuteDsl as CuteDsl
+from jax_nvfp4_moe.implementations.triton.implementation import Triton as Triton
 from jax_nvfp4_moe.layer import Mlp as Mlp
 from jax_nvfp4_moe.layer import MoeLayer as MoeLayer
 from jax_nvfp4_moe.layer import Router as Router
 from jax_nvfp4_moe.moe import nvfp4_moe as nvfp4_moe
 from jax_nvfp4_moe.moe import nvfp4_moe_routed as nvfp4_moe_routed
 from jax_nvfp4_moe.quantization import quantize_experts as quantize_experts
+from jax_nvfp4_moe.relayout import prepare as prepare
 from jax_nvfp4_moe.routing import Routing as Routing
 from jax_nvfp4_moe.routing import route as route
 from jax_nvfp4_moe.selection import explain as explain

@@ -24,7 +24,7 @@ from jax_nvfp4_moe.checkpoint.files import TensorFiles
 from jax_nvfp4_moe.checkpoint.inspection import LayerReport, Report, inspect_checkpoint
 
 if TYPE_CHECKING:
-    from jax_nvfp4_moe.bridge.build import Build
+    from jax_nvfp4_moe.build.building import Build
 
 _FAILED, _FILES = 1, 3
 
@@ -181,9 +181,10 @@ def trtllm(
     It is kept in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe.
     """
     # Imported here: they are for Linux alone.
-    from jax_nvfp4_moe.bridge import build, build_trtllm  # noqa: PLC0415
+    from jax_nvfp4_moe.build import building  # noqa: PLC0415
+    from jax_nvfp4_moe.build import trtllm as build_trtllm  # noqa: PLC0415
 
-    with _plain_errors(build.BuildError):
+    with _plain_errors(building.BuildError):
         archs = _archs(arch, build_trtllm.ARCHS)
         built = build_trtllm.build_trtllm(archs, python=python, jobs=jobs, progress=progress)
     _print_built(built, as_json)
@@ -212,9 +213,11 @@ def cute_dsl(
 
     It is kept in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe.
     """
-    from jax_nvfp4_moe.bridge import build, build_cute_dsl, cute_dsl  # noqa: PLC0415
+    from jax_nvfp4_moe.bridge import cute_dsl  # noqa: PLC0415
+    from jax_nvfp4_moe.build import building  # noqa: PLC0415
+    from jax_nvfp4_moe.build import cute_dsl as build_cute_dsl  # noqa: PLC0415
 
-    with _plain_errors(build.BuildError):
+    with _plain_errors(building.BuildError):
         archs = _archs(arch, cute_dsl.ARCHS)
         built = build_cute_dsl.build_cute_dsl(
             archs, tactics=tactics, python=python, progress=progress
@@ -279,7 +282,7 @@ def tune_cute_dsl(as_json: bool, **options: Any) -> None:
 
 
 def _archs(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    from jax_nvfp4_moe.bridge.build import parse_archs  # noqa: PLC0415
+    from jax_nvfp4_moe.build.building import parse_archs  # noqa: PLC0415
 
     try:
         return parse_archs(text, known)

@@ -18,9 +18,9 @@ from jax_nvfp4_moe._messages import INPUT_DTYPES, as_array, described
 from jax_nvfp4_moe.activations import Activation, activate
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
 from jax_nvfp4_moe.implementations.base import Numerics
-from jax_nvfp4_moe.implementations.cpu import Cpu
-from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl
-from jax_nvfp4_moe.implementations.triton import Triton
+from jax_nvfp4_moe.implementations.cpu.implementation import Cpu
+from jax_nvfp4_moe.implementations.cute_dsl.implementation import CuteDsl
+from jax_nvfp4_moe.implementations.triton.implementation import Triton
 from jax_nvfp4_moe.moe import nvfp4_moe_routed
 from jax_nvfp4_moe.routing import Routing, check_fits, route
 

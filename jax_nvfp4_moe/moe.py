@@ -28,11 +28,11 @@ from jax_nvfp4_moe._call_checks import (
 from jax_nvfp4_moe._messages import as_array, described
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
-from jax_nvfp4_moe.implementations import _gradient
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
-from jax_nvfp4_moe.implementations.cpu import Cpu
-from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl
-from jax_nvfp4_moe.implementations.triton import Triton
+from jax_nvfp4_moe.implementations.common import gradient as _gradient
+from jax_nvfp4_moe.implementations.cpu.implementation import Cpu
+from jax_nvfp4_moe.implementations.cute_dsl.implementation import CuteDsl
+from jax_nvfp4_moe.implementations.triton.implementation import Triton
 from jax_nvfp4_moe.routing import Routing, check_routable, route
 
 

@@ -11,11 +11,12 @@ from jax_nvfp4_moe._call_checks import check_flag, check_options
 from jax_nvfp4_moe._messages import check_name, described
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
-from jax_nvfp4_moe.implementations import emulation, trtllm
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
-from jax_nvfp4_moe.implementations.cpu import Cpu
-from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl
-from jax_nvfp4_moe.implementations.triton import Triton
+from jax_nvfp4_moe.implementations.cpu.implementation import Cpu
+from jax_nvfp4_moe.implementations.cute_dsl.implementation import CuteDsl
+from jax_nvfp4_moe.implementations.emulation import implementation as emulation
+from jax_nvfp4_moe.implementations.triton.implementation import Triton
+from jax_nvfp4_moe.implementations.trtllm import implementation as trtllm
 from jax_nvfp4_moe.routing import Routing, check_fits
 
 # In order of preference.

@@ -34,8 +34,8 @@ from tqdm import tqdm
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe import layouts
 from jax_nvfp4_moe.bridge import manifest
-from tests import conformance, oracle
 from tests.recording_cuda import cases as models
+from tests.support import conformance, oracle
 
 NATIVE = {
     "trtllm": "trtllm",

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.compile_flags import QUICK
+from tests.support.compile_flags import QUICK
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -34,6 +34,9 @@ def pytest_configure(config):
     if config.getoption("--quick-compile"):  # XLA reads them when the first test needs it.
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK])
 
+
+# Fixtures of a module of the tests' own, built by the compiler at hand.
+pytest_plugins = ["tests.support.fake_module"]
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -6,7 +6,7 @@
 // hidden_scale f32 [], of the static scheme. Result: f32 or bf16 [T, H], or f32 [T, K, H] for every
 // expert's output.
 //
-// Attributes: those of `jax_nvfp4_moe.implementations.cpu`.
+// Attributes: those of `jax_nvfp4_moe.implementations.cpu.implementation`.
 //
 // The sum over slots alone, for experts that are on several devices. Operands: rows f32 [T, K, H];
 // topk_weights f32 [T, K]. Result: f32 or bf16 [T, H]. Attributes: level, weighted.

@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 
 from jax_nvfp4_moe._messages import described
-from jax_nvfp4_moe.arrangement import prepare
 from jax_nvfp4_moe.checkpoint import modelopt
 from jax_nvfp4_moe.checkpoint.conversion import renamed
 from jax_nvfp4_moe.checkpoint.errors import UnsupportedCheckpointError
@@ -25,6 +24,7 @@ from jax_nvfp4_moe.checkpoint.writing import (
 )
 from jax_nvfp4_moe.experts import ActivationScheme, ExpertWeights
 from jax_nvfp4_moe.layer import MoeLayer
+from jax_nvfp4_moe.relayout import prepare
 
 Tensors = Iterator[tuple[str, np.ndarray]]
 

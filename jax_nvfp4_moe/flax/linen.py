@@ -16,9 +16,9 @@ from jax_nvfp4_moe.experts import ActivationScheme
 from jax_nvfp4_moe.flax import _common
 from jax_nvfp4_moe.flax._initial import abstract_layer, initial_layer
 from jax_nvfp4_moe.implementations.base import Numerics
-from jax_nvfp4_moe.implementations.cpu import Cpu
-from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl
-from jax_nvfp4_moe.implementations.triton import Triton
+from jax_nvfp4_moe.implementations.cpu.implementation import Cpu
+from jax_nvfp4_moe.implementations.cute_dsl.implementation import CuteDsl
+from jax_nvfp4_moe.implementations.triton.implementation import Triton
 from jax_nvfp4_moe.layer import MoeLayer, check_layer
 from jax_nvfp4_moe.routing import Routing
 

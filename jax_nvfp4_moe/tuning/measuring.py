@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from jax_nvfp4_moe import devices
 from jax_nvfp4_moe.activations import Activation
-from jax_nvfp4_moe.arrangement import prepare
 from jax_nvfp4_moe.bridge.cute_dsl import TACTICS
 from jax_nvfp4_moe.experts import ActivationScheme, ExpertWeights
 from jax_nvfp4_moe.implementations.base import Call, Problem
-from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl, layer_of
+from jax_nvfp4_moe.implementations.cute_dsl.implementation import CuteDsl, layer_of
 from jax_nvfp4_moe.moe import nvfp4_moe_routed
 from jax_nvfp4_moe.quantization import quantize_experts
+from jax_nvfp4_moe.relayout import prepare
 from jax_nvfp4_moe.selection import select
 from jax_nvfp4_moe.tuning.table import Measured, add
 

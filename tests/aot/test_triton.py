@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import jax_nvfp4_moe as nvm
-from jax_nvfp4_moe.implementations import _triton_tilings
+from jax_nvfp4_moe.implementations.triton import tilings as _triton_tilings
 
 from .harness import compile_for, lost_roundings
 from .machine_code import ARCHITECTURES, assemble, missing

@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from jax_nvfp4_moe.bridge import library
-from jax_nvfp4_moe.implementations._trtllm_call import Callee, run_on
-from jax_nvfp4_moe.implementations._trtllm_sizes import Sizes, workspace_bytes
+from jax_nvfp4_moe.implementations.trtllm.call import Callee, run_on
+from jax_nvfp4_moe.implementations.trtllm.sizes import Sizes, workspace_bytes
 from tests.recording_cuda.cases import Case
 
 from .harness import compile_for, lost_roundings

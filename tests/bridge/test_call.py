@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.bridge.call import Output, call
 from jax_nvfp4_moe.bridge.program import Operand, Result, encode
-from tests.bridge.host import CUDA, present_host_as
+from tests.support.host import CUDA, present_host_as
 
 ONE = Output((1,), jnp.int32)
 

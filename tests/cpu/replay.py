@@ -17,10 +17,10 @@ import numpy as np
 from rich.progress import track
 
 import jax_nvfp4_moe as nvm
-from jax_nvfp4_moe.implementations import cpu
-from jax_nvfp4_moe.implementations._recipes import Recipe
 from jax_nvfp4_moe.implementations.base import Call
-from tests import conformance, oracle
+from jax_nvfp4_moe.implementations.common.recipes import Recipe
+from jax_nvfp4_moe.implementations.cpu import implementation as cpu
+from tests.support import conformance, oracle
 
 SOURCES = Path(__file__).parents[2] / "ffi" / "cpu"
 # As ffi/CMakeLists.txt has them.

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from jax_nvfp4_moe.bridge import library
-from tests.bridge.conftest import tvm_ffi  # noqa: F401  a fixture
-from tests.bridge.host import CPU, CUDA, present_host_as
+from tests.support.fake_module import tvm_ffi  # noqa: F401  a fixture
+from tests.support.host import CPU, CUDA, present_host_as
 
 from .harness import MODULE, build, no_gpu
 

@@ -8,17 +8,7 @@ be lost that is kept on a CPU, or a product be computed in TF32.
 
 import pytest
 
-from tests.test_conformance import (  # noqa: F401
-    test_eager_matches_float64,
-    test_every_layout_gives_the_same_bits,
-    test_ids_out_of_range_contribute_nothing,
-    test_matches_float64,
-    test_mistaken_scales_fail,
-    test_mistakes_fail,
-    test_no_tokens,
-    test_output_is_rounded_once,
-)
-from tests.test_format import (  # noqa: F401
+from tests.core.test_format import (  # noqa: F401
     test_block_scales_at_their_ties,
     test_codes_at_every_boundary,
     test_dequantise_looks_codes_up,
@@ -27,11 +17,21 @@ from tests.test_format import (  # noqa: F401
     test_quantise_with_its_own_scale,
     test_rounds_at_every_boundary,
 )
-from tests.test_goldens import (  # noqa: F401
+from tests.core.test_goldens import (  # noqa: F401
     test_block_scales,
     test_dequantize,
     test_layer,
     test_quantise_dequantise,
+)
+from tests.implementations.test_conformance import (  # noqa: F401
+    test_eager_matches_float64,
+    test_every_layout_gives_the_same_bits,
+    test_ids_out_of_range_contribute_nothing,
+    test_matches_float64,
+    test_mistaken_scales_fail,
+    test_mistakes_fail,
+    test_no_tokens,
+    test_output_is_rounded_once,
 )
 
 pytestmark = pytest.mark.gpu

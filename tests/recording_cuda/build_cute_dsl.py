@@ -35,7 +35,7 @@ def build_runtime(cache: Path, archive: Path, runtime: Path) -> Path:
 
 def build_cute_dsl(cache: Path, arch: str, runtime: Path) -> dict[str, Any]:
     """What the manifest has of it. Half a minute on two cores, once."""
-    from jax_nvfp4_moe.bridge.build_cute_dsl import build_cute_dsl
+    from jax_nvfp4_moe.build.cute_dsl import build_cute_dsl
 
     built = build_cute_dsl((arch,), tactics="all", cache=cache / "cute_dsl")
     module = built.module

@@ -28,8 +28,8 @@ from jax.sharding import PartitionSpec  # noqa: E402
 from jax_nvfp4_moe import layouts  # noqa: E402
 from jax_nvfp4_moe.bridge import cute_dsl, library  # noqa: E402
 from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, Tactic, Variant  # noqa: E402
-from jax_nvfp4_moe.implementations._cute_dsl_call import Callee, run_on  # noqa: E402
-from tests.bridge.host import CUDA, present_host_as  # noqa: E402
+from jax_nvfp4_moe.implementations.cute_dsl.call import Callee, run_on  # noqa: E402
+from tests.support.host import CUDA, present_host_as  # noqa: E402
 
 from .buffers import Buffers  # noqa: E402
 from .cases import MODELS, Case  # noqa: E402

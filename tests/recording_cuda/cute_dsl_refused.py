@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax_nvfp4_moe.bridge.call import Output
 from jax_nvfp4_moe.bridge.call import call as bridge_call
 from jax_nvfp4_moe.bridge.cute_dsl import Tactic
-from jax_nvfp4_moe.implementations._cute_dsl_call import run_on
-from tests.bridge.host import CPU, CUDA, present_host_as
+from jax_nvfp4_moe.implementations.cute_dsl.call import run_on
+from tests.support.host import CPU, CUDA, present_host_as
 
 from .cases import Case
 

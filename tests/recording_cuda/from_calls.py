@@ -24,11 +24,9 @@ import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe import devices
 from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.bridge import manifest as built
-from jax_nvfp4_moe.implementations import (
-    _trtllm_call,
-    _trtllm_routing,
-    trtllm,
-)
+from jax_nvfp4_moe.implementations.trtllm import call as _trtllm_call
+from jax_nvfp4_moe.implementations.trtllm import implementation as trtllm
+from jax_nvfp4_moe.implementations.trtllm import routing as _trtllm_routing
 
 from .buffers import Buffers
 from .cases import Case, Routed, routers

@@ -19,9 +19,9 @@ runtime, module = load(manifest)
 import jax  # noqa: E402
 
 from jax_nvfp4_moe.bridge import library  # noqa: E402
-from jax_nvfp4_moe.implementations import _trtllm_call  # noqa: E402
-from jax_nvfp4_moe.implementations._trtllm_call import Callee, run_on  # noqa: E402
-from tests.bridge.host import CUDA, present_host_as  # noqa: E402
+from jax_nvfp4_moe.implementations.trtllm import call as _trtllm_call  # noqa: E402
+from jax_nvfp4_moe.implementations.trtllm.call import Callee, run_on  # noqa: E402
+from tests.support.host import CUDA, present_host_as  # noqa: E402
 
 from .cases import Case, forms, models, sizes  # noqa: E402
 from .fp4_moe import RELEASES, Shape, family, miswired  # noqa: E402

@@ -5,7 +5,7 @@ Nothing is computed under the stand-in.
 
 import os
 
-from tests.compile_flags import QUICK
+from tests.support.compile_flags import QUICK
 
 DEVICES = 4
 

@@ -1,0 +1,1 @@
+"""Builds the modules of other packages' kernels, in processes of their own."""

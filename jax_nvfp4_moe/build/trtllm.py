@@ -1,0 +1,50 @@
+"""FlashInfer's TRTLLM-Gen module: `python -m jax_nvfp4_moe build trtllm`."""
+
+import os
+from pathlib import Path
+
+from jax_nvfp4_moe.bridge import flashinfer
+from jax_nvfp4_moe.build import building
+
+ARCHS = ("10.0a", "10.0f", "10.3a")
+
+
+def build_trtllm(
+    archs: tuple[str, ...],
+    *,
+    python: Path | None = None,
+    jobs: int | None = None,
+    cache: Path | None = None,
+    progress: bool | None = None,
+) -> building.Build:
+    """Finds or compiles FlashInfer's TRTLLM-Gen MoE module, and writes it into the manifest.
+
+    What was compiled when it was interrupted is not compiled again the next time.
+
+    Args:
+        archs: what to compile for, of `ARCHS`.
+        python: the interpreter of an environment that has FlashInfer, by default this one.
+        jobs: how many compilers may run at a time, by default as many as there are processors.
+        cache: where everything goes, `manifest.default_cache()` if not given.
+        progress: show it on stderr; None means where that is a terminal.
+
+    Raises:
+        BuildError: FlashInfer or a compiler is not there, not the expected one, or fails.
+        OSError: a file cannot be read or written, or the interpreter cannot be run.
+        ValueError: the manifest is malformed.
+    """
+    arguments = [
+        *("--known", ",".join(flashinfer.PARAMETERS["trtllm_fp4_block_scale_moe"])),
+        *("--archs", ",".join(archs)),
+        *("--jobs", str(jobs or os.cpu_count() or 1)),
+    ]
+    return building.make(
+        "trtllm",
+        "trtllm_worker.py",
+        arguments,
+        "flashinfer",
+        lambda result: {"archs": tuple(result["archs"]), "cubins": Path(result["cubins"])},
+        python=python,
+        cache=cache,
+        progress=progress,
+    )

@@ -1,0 +1,378 @@
+"""Finds or compiles FlashInfer's TRTLLM-Gen MoE module: a script for a Python that has FlashInfer.
+
+`build_trtllm` runs it in a process of its own since FlashInfer's Python imports torch: it needs the
+standard library and FlashInfer. `worker` says how it tells of itself.
+"""
+
+import argparse
+import concurrent.futures
+import importlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # The package may not be there.
+    from worker import Failure, Tell, package, run
+    from worker import versions as installed
+else:
+    from jax_nvfp4_moe.build.worker import Failure, Tell, package, run
+    from jax_nvfp4_moe.build.worker import versions as installed
+
+FUNCTION = "trtllm_fp4_block_scale_moe"
+# In a module that the bridge can call (ffi/modules.cc), each with the NUL that ends it.
+WANTED = (
+    f"__tvm_ffi_{FUNCTION}",
+    "FlashInferSetCubinCallback",
+    "FlashInferSetCurrentCubin",
+    "libcuda.so.1",  # Linked to it: JAX opens the driver for itself alone.
+)
+# The versions whose kernels' images are on PyPI; FlashInfer downloads others' by itself.
+CUBINS_ON_PYPI = ("0.6.13",)
+DISTRIBUTIONS = (
+    "flashinfer-python",
+    "flashinfer-cubin",
+    "flashinfer-jit-cache",
+    "apache-tvm-ffi",
+    "torch",
+)
+# What a toolkit is taken for complete by: of the rest, FlashInfer brings what it needs.
+TOOLKIT = (
+    "bin/nvcc",
+    "include/cuda_runtime.h",
+    "include/nvrtc.h",
+    "include/cublas_v2.h",
+    "include/curand.h",
+)
+
+
+def main() -> None:
+    """Runs the command that `build_trtllm` gives."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--known", required=True, help="versions of flashinfer-python")
+    parser.add_argument("--archs", required=True, help="as in 10.0a,10.3a")
+    parser.add_argument("--workspace", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, required=True)
+    args = parser.parse_args()
+    known, archs = args.known.split(","), args.archs.split(",")
+    run(lambda tell: make(known, archs, args.workspace, args.jobs, tell))
+
+
+def make(known: list[str], archs: list[str], workspace: Path, jobs: int, tell: Tell) -> dict:
+    """The module, found or compiled, and what the manifest wants to know of it."""
+    begun = time.monotonic()
+    versions = check_versions(known)
+    toolkit, lacks = find_toolkit()
+    own_base = os.environ.get("FLASHINFER_WORKSPACE_BASE") or Path.home()
+    set_environment(archs, workspace, jobs, toolkit, Path(own_base))
+    tell(stage="importing FlashInfer")
+    env = importlib.import_module("flashinfer.jit.env")
+    fused_moe = importlib.import_module("flashinfer.jit.fused_moe")
+    check_images(tell)
+    spec = fused_moe.gen_trtllm_gen_fused_moe_sm100_module()
+    tell(stage="looking for a compiled module")
+    found = find(spec, env, archs, Path(own_base), toolkit)
+    library, compiled = found or (spec.jit_library_path, archs)
+    steps = 0
+    if found is None:
+        if toolkit is None:
+            raise Failure(f"no CUDA toolkit to compile with: {lacks}", "install")
+        versions["nvcc"] = nvcc_version(toolkit)
+        add_fallback_libraries(toolkit, workspace / "lib")
+        tell(stage="compiling")
+        steps = compile_module(spec, tell)
+        if absent := lacking(library):
+            raise Failure(f"{library} was compiled without {', '.join(absent)}", "log")
+    return {
+        "library": library,
+        "built": steps > 0,
+        "archs": compiled,
+        "versions": {**versions, **cudart(library)},
+        "tvm_ffi": package("tvm_ffi") / "lib" / "libtvm_ffi.so",
+        "cubins": env.FLASHINFER_CUBIN_DIR,
+        "seconds": time.monotonic() - begun,
+    }
+
+
+# --------------------------------------------------------------------------------- environment
+
+
+def check_versions(known: list[str]) -> dict[str, str]:
+    """The versions of what is read here.
+
+    Raises:
+        Failure: they do not fit.
+    """
+    found = installed(DISTRIBUTIONS, required=("flashinfer-python", "torch", "apache-tvm-ffi"))
+    version, cubin = found["flashinfer-python"], found.get("flashinfer-cubin")
+    if version not in known:
+        raise Failure(
+            f"{sys.executable} has flashinfer-python {version}, expected one of "
+            f"{', '.join(known)}: the arguments of {FUNCTION} differ between versions"
+        )
+    if cubin not in (version, None) or (cubin is None and version in CUBINS_ON_PYPI):
+        source = (
+            f"pip install flashinfer-cubin=={version}"
+            if version in CUBINS_ON_PYPI
+            else "it is not on PyPI, and without it FlashInfer downloads what is in it: "
+            "pip uninstall flashinfer-cubin"
+        )
+        raise Failure(
+            f"{sys.executable} has flashinfer-cubin {cubin or 'not at all'}, expected {version} "
+            f"as flashinfer-python: {source}"
+        )
+    return found
+
+
+def find_toolkit() -> tuple[Path | None, str]:
+    """A complete CUDA toolkit, or None and what those that were found lack."""
+    nvcc = shutil.which("nvcc")
+    wheels = importlib.util.find_spec("nvidia")
+    candidates = [
+        *(os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")),
+        nvcc and Path(nvcc).resolve().parents[1],
+        "/usr/local/cuda",
+        *(Path(each) / "cu13" for each in (wheels and wheels.submodule_search_locations) or ()),
+    ]
+    lacks = {}
+    for candidate in candidates:
+        if candidate and Path(candidate).is_dir():
+            root = Path(candidate)
+            absent = [name for name in TOOLKIT if not (root / name).exists()]
+            if not absent:
+                return root, ""
+            lacks[str(root)] = f"{root} has no {', '.join(absent)}"
+    return None, "; ".join(lacks.values()) or "none was found"
+
+
+def set_environment(
+    archs: list[str], workspace: Path, jobs: int, toolkit: Path | None, own_base: Path
+) -> None:
+    """What FlashInfer reads when it is imported, and what it hands on to ninja and compilers."""
+    os.environ["FLASHINFER_CUDA_ARCH_LIST"] = " ".join(archs)
+    # Of ours: FlashInfer's own cache stays as it is, linked as FlashInfer alone would.
+    os.environ["FLASHINFER_WORKSPACE_BASE"] = str(workspace)
+    os.environ["MAX_JOBS"] = str(jobs)
+    os.environ["NINJA_STATUS"] = "[%f/%t] "
+    os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "warning")
+    # Where ninja is, also in an environment that was not activated.
+    path = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), path])
+    if toolkit is not None:
+        os.environ["CUDA_HOME"] = str(toolkit)
+    if importlib.util.find_spec("flashinfer_cubin") is not None:
+        os.environ["FLASHINFER_NO_DOWNLOAD"] = "1"
+    else:  # Images are the same for all: where FlashInfer itself would put them.
+        cubins = own_base / ".cache" / "flashinfer" / "cubins"
+        os.environ.setdefault("FLASHINFER_CUBIN_DIR", str(cubins))
+
+
+def check_images(tell: Tell) -> None:
+    """Makes sure that all images are there and intact; FlashInfer downloads them if it may.
+
+    Raises:
+        Failure: one is not.
+    """
+    artifacts = importlib.import_module("flashinfer.artifacts")
+    loader = importlib.import_module("flashinfer.jit.cubin_loader")
+    directory = artifacts.ArtifactPath.TRTLLM_GEN_BMM
+
+    def get(name: str, sha256: str) -> bytes:
+        try:
+            data = loader.get_artifact(f"{directory}/{name}", sha256)
+        except RuntimeError as error:  # It is not there, and must not be downloaded.
+            raise Failure(str(error)) from None
+        if not data:
+            raise Failure(
+                f"{directory}/{name} with the SHA-256 {sha256}, for the kernels, is not there and "
+                "could not be downloaded",
+                "log",
+            )
+        return data
+
+    tell(stage="checking the kernels' images")
+    lines = get("checksums.txt", artifacts.CheckSumHash.TRTLLM_GEN_BMM).decode().splitlines()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(get, *reversed(line.split())) for line in lines if line.strip()]
+        try:
+            for count, done in enumerate(concurrent.futures.as_completed(running), 1):
+                done.result()
+                if count % 500 == 0 or count == len(running):
+                    tell(done=count, of=len(running))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+# -------------------------------------------------------------------------------------- finding
+
+
+def find(
+    spec: Any, env: Any, archs: list[str], own_base: Path, toolkit: Path | None
+) -> tuple[Path, list[str]] | None:
+    """A module that FlashInfer has already, compiled for all that was asked for, and for what."""
+    for library, compiled in candidates(spec, env, own_base, toolkit):
+        if compiled is None:
+            print(f"{library}: cannot tell what it is compiled for without cuobjdump")
+        elif not compiled.issuperset(archs):
+            print(f"{library} is compiled for {', '.join(sorted(compiled))}")
+        elif absent := lacking(library):
+            print(f"{library} lacks {', '.join(absent)}")
+        else:
+            return library, sorted(arch for arch in compiled if arch.startswith("10."))
+    return None
+
+
+def candidates(
+    spec: Any, env: Any, own_base: Path, toolkit: Path | None
+) -> Iterator[tuple[Path, set[str] | None]]:
+    """Compiled modules, and what each is compiled for if that can be known."""
+    # flashinfer-jit-cache, or the package itself: flashinfer-python@0.6.13:jit/core.py:255-261,
+    # @0.7.2.post1:jit/core.py:491-501. Only the latter tells for which GPUs, and not always.
+    if hasattr(spec, "aot_artifacts"):
+        prebuilt = [(each.path, each.cuda_architectures) for each in spec.aot_artifacts]
+    else:
+        prebuilt = [(spec.aot_path, None)] if spec.is_aot else []
+    for library, named in prebuilt:
+        yield library, listed_images(library, toolkit) if named is None else spelled(named)
+    # What FlashInfer compiled at run time. In our workspace ninja itself looks.
+    place = spec.jit_library_path.relative_to(env.FLASHINFER_WORKSPACE_DIR)
+    versions = env.FLASHINFER_WORKSPACE_DIR.relative_to(env.FLASHINFER_BASE_DIR).parent
+    for library in sorted((own_base / versions).glob(f"*/{place}")):
+        if up_to_date(library.parent, toolkit):
+            ninja = (library.parent / "build.ninja").read_text()
+            yield library, spelled(re.findall(r"-gencode=arch=\w+,code=(sm_\w+)", ninja))
+
+
+def listed_images(library: Path, toolkit: Path | None) -> set[str] | None:
+    """What a library is compiled for, as cuobjdump says; None where there is no cuobjdump."""
+    beside = toolkit / "bin" / "cuobjdump" if toolkit is not None else None
+    command = str(beside) if beside and beside.exists() else shutil.which("cuobjdump")
+    if command is None:
+        return None
+    done = subprocess.run(
+        [command, "--list-elf", str(library)], capture_output=True, text=True, check=False
+    )
+    return spelled(re.findall(r"\.(sm_\d+[af]?)\.cubin", done.stdout))
+
+
+def spelled(names: Any) -> set[str]:
+    """Architectures as FLASHINFER_CUDA_ARCH_LIST has them: "10.0a" for "sm_100a" and "sm100a"."""
+    found = [re.fullmatch(r"sm_?(\d+)(\d[af]?)", name) for name in names]
+    return {f"{match[1]}.{match[2]}" for match in found if match}
+
+
+def up_to_date(directory: Path, toolkit: Path | None) -> bool:
+    """Whether ninja would leave a directory of FlashInfer's as it is, with the same toolkit."""
+    file = directory / "build.ninja"
+    if not file.exists():
+        return False
+    home = re.search(r"^cuda_home = (.*)$", file.read_text(), re.MULTILINE)
+    if toolkit is not None and (home is None or Path(home[1]).resolve() != toolkit.resolve()):
+        return False
+    command = ["ninja", "-n", "-C", str(directory), "-f", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode == 0 and "no work to do" in done.stdout
+
+
+def lacking(library: Path) -> list[str]:
+    """What the bridge wants in a module and is not in this one."""
+    image = library.read_bytes()
+    if not image.startswith(b"\x7fELF"):
+        return ["the form of a library"]
+    return [name for name in WANTED if name.encode() + b"\0" not in image]
+
+
+def cudart(library: Path) -> dict[str, str]:
+    """Which CUDA runtime it is linked to: JAX's has to be the same."""
+    name = re.search(rb"(libcudart\.so\.(\d+))\0", library.read_bytes())
+    return {"libcudart": name[2].decode()} if name else {}
+
+
+# ------------------------------------------------------------------------------------ compiling
+
+
+def nvcc_version(toolkit: Path) -> str:
+    """The compiler's version."""
+    done = subprocess.run(
+        [str(toolkit / "bin" / "nvcc"), "--version"], capture_output=True, text=True, check=True
+    )
+    version = re.search(r"V(\d+\.\d+\.\d+)", done.stdout)
+    return version[1] if version else done.stdout.strip()
+
+
+def add_fallback_libraries(toolkit: Path, directory: Path) -> None:
+    """Has the linker find what -lcudart and -lcuda mean where a toolkit has no names for them.
+
+    FlashInfer looks in lib64 and lib64/stubs (jit/cpp_ext.py), which PyPI's wheels lack, and no
+    wheel has a libcuda.so: that comes with the driver. Those directories, if there, come first.
+
+    Raises:
+        Failure: there is no libcudart, or no C++ compiler.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    folders = ("lib64", "lib", "targets/*/lib")
+    found = [each for folder in folders for each in toolkit.glob(f"{folder}/libcudart.so*")]
+    if not found:
+        raise Failure(f"{toolkit} has no libcudart.so, in lib64 or in lib", "install")
+    link = directory / "libcudart.so"
+    link.unlink(missing_ok=True)
+    link.symlink_to(min(found, key=lambda path: len(path.name)).resolve())
+    stub = directory / "libcuda.so"
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, "-shared", "-x", "c++", os.devnull, "-Wl,-soname,libcuda.so.1"]
+    try:
+        subprocess.run([*command, "-o", str(stub)], check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        raise Failure(f"{compiler} cannot link a library: {error}", "log") from None
+    # Compilers that link only to what is used would leave out what is empty.
+    flags = [os.environ.get("FLASHINFER_EXTRA_LDFLAGS", ""), shlex.quote(f"-L{directory}")]
+    os.environ["FLASHINFER_EXTRA_LDFLAGS"] = " ".join([*flags, "-Wl,--no-as-needed", "-lcuda"])
+
+
+def compile_module(spec: Any, tell: Tell) -> int:
+    """Has FlashInfer compile its module where it was not yet; returns how many steps that took."""
+    read, write = os.pipe()
+    steps: list[str] = []
+    follower = threading.Thread(target=follow, args=(read, steps, tell))
+    follower.start()
+    os.dup2(write, 1)  # Of which ninja inherits it.
+    os.close(write)
+    # When the group is told to end, ninja ends the compilers and removes what is half written: this
+    # waits for it.
+    default = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        spec.build(verbose=True, need_lock=True)
+    except RuntimeError as error:
+        traceback.print_exc()
+        raise Failure(f"FlashInfer could not compile its module: {error}", "log") from None
+    finally:
+        signal.signal(signal.SIGTERM, default)
+        os.dup2(2, 1)
+        follower.join()
+    return len(steps)
+
+
+def follow(read: int, steps: list[str], tell: Tell) -> None:
+    """Hands on what ninja prints, and tells how far it is."""
+    with os.fdopen(read, errors="replace") as lines:
+        for line in lines:
+            print(line, end="", file=sys.stderr, flush=True)
+            if match := re.match(r"\[(\d+)/(\d+)\] ", line):
+                steps.append(line)
+                tell(done=int(match[1]), of=int(match[2]))
+
+
+if __name__ == "__main__":
+    main()

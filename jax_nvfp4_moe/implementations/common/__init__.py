@@ -1,0 +1,1 @@
+"""What implementations share: the arithmetic's steps, the grouping of pairs, the backward pass."""

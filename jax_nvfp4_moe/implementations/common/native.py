@@ -1,0 +1,52 @@
+"""What calls of the Blackwell kernels have in common, whichever they are."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.implementations.base import Call
+from jax_nvfp4_moe.implementations.common.recipes import Recipe
+from jax_nvfp4_moe.implementations.emulation.implementation import local_ids
+
+
+def run_kernels(
+    kernels: Callable[[Array, Array, Array], Array],
+    call: Call,
+    x: Float[Array, "T H"],
+    topk_ids: Int32[Array, "T K"],
+    topk_weights: Float32[Array, "T K"],
+    experts: ExpertWeights,
+) -> Float[Array, "T H"]:
+    """The layer's output, by kernels that know neither meshes nor weighted inputs.
+
+    Args:
+        kernels: what computes it from values float32 [T, H], ids int32 [T, K] among this device's
+            experts (others contribute nothing), and their weights float32 [T, K].
+        call: what is computed.
+        x: tokens.
+        topk_ids: of all experts.
+        topk_weights: their weights.
+        experts: those of this device.
+    """
+    values = Recipe(call, experts.activation_scheme, x.dtype).input_values(x, topk_weights)
+    if call.router_weight_on_input:
+        topk_weights = jnp.ones_like(topk_weights)
+    y = kernels(values, local_ids(call, topk_ids, experts), topk_weights)
+    if call.axis_name is not None:
+        y = lax.psum(y.astype(jnp.float32), call.axis_name)
+    return y.astype(call.output_dtype)
+
+
+def in_one_unit(experts: ExpertWeights) -> bool:
+    """Whether an expert's gate and up have one global scale, or nobody can tell before it runs."""
+    scale = experts.w13.global_scale
+    if isinstance(scale, (Tracer, jax.ShapeDtypeStruct)) or not scale.is_fully_addressable:
+        return True
+    values = np.asarray(scale)
+    return bool((values[:, 0] == values[:, -1]).all())

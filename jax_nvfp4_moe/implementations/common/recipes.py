@@ -1,0 +1,197 @@
+"""The two presets of the arithmetic, step by step, for any way of multiplying.
+
+A recipe says what is rounded where. How the products are formed (`_contractions`) and which rows
+meet which experts (`emulation`) is not its business: it is handed a `Contract` and the weights of
+the expert or experts at hand, already in the linear layout.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from jax_nvfp4_moe.activations import activate
+from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.format import (
+    BLOCK_SIZE,
+    Nvfp4Array,
+    doubled_codes,
+    exact_divide,
+    expand_global_scale,
+    largest_magnitude,
+    quantize_blocks,
+    reciprocal,
+    round_to,
+    scale_for,
+)
+from jax_nvfp4_moe.implementations.base import Call
+from jax_nvfp4_moe.implementations.common.contractions import Rows, WeightValues
+
+Contract = Callable[[Rows, Nvfp4Array, WeightValues], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One preset for one layer.
+
+    Attributes:
+        call: what is computed.
+        scheme: the experts' activation scheme.
+        input_dtype: the type of x; in W4A16 and in the "vllm" preset also of what lies between.
+    """
+
+    call: Call
+    scheme: str
+    input_dtype: Any
+
+    @property
+    def row_dtype(self) -> Any:
+        """What an expert's output is rounded to before the sum over its token's slots."""
+        native = self.call.numerics == "kernel" and self.scheme != "none"
+        return jnp.dtype(jnp.bfloat16) if native else self.input_dtype
+
+    @property
+    def weight_values(self) -> WeightValues:
+        """How weights become operands."""
+        return WeightValues(self.row_dtype, folded=self.call.numerics == "vllm")
+
+    def input_values(
+        self, x: Float[Array, "T H"], topk_weights: Float32[Array, "T K"]
+    ) -> Float32[Array, "T H"]:
+        """What the experts see of x: scaled by its weight, if that is to happen on the input."""
+        values = x.astype(jnp.float32)
+        if not self.call.router_weight_on_input:
+            return values
+        return self.rounding(values * self.rounding(topk_weights))
+
+    def input_rows(self, x: Float32[Array, "T H"], experts: ExpertWeights) -> Rows:
+        """GEMM1's operand."""
+        # The barriers keep XLA from quantising a row again for each weight that multiplies it.
+        with jax.named_scope("input"):
+            rows = self._operand(x, self.input_scale(experts))
+            return lax.optimization_barrier(rows)
+
+    def expert_rows(
+        self,
+        x: Rows,
+        experts: ExpertWeights,
+        hidden_scale: Float32[Array, ""] | None,
+        topk_weights: Float32[Array, "*rows"],
+        contract: Contract,
+    ) -> Float32[Array, "*rows H"]:
+        """Rows through their experts: GEMM1, activation, requantisation, GEMM2.
+
+        Args:
+            x: from `input_rows`, with leading axes that broadcast against `rows`.
+            experts: the weights at hand, linear: one expert's, or one set for each row.
+            hidden_scale: from `hidden_scale`.
+            topk_weights: for each row; the "vllm" preset applies them before it rounds.
+            contract: forms the products.
+
+        Returns:
+            float32 rows, rounded to `row_dtype`.
+        """
+        folded = self.call.numerics == "vllm"
+        round_to_input = self.rounding if folded else None
+        with jax.named_scope("gemm1"):
+            c1 = contract(x, experts.w13, self.weight_values)
+            c1 = self._scaled(c1, x, experts.w13, experts.w13_bias)
+            c1 = self.rounding(c1) if folded else c1
+        with jax.named_scope("hidden"):
+            hidden = activate(c1, self.call.activation, round_to=round_to_input)
+            rows = lax.optimization_barrier(self.requantized(hidden, hidden_scale))
+        with jax.named_scope("gemm2"):
+            c2 = contract(rows, experts.w2, self.weight_values)
+            c2 = self._scaled(c2, rows, experts.w2, experts.w2_bias)
+            if folded and not self.call.router_weight_on_input:
+                c2 = c2 * topk_weights[..., None]
+            return round_to(c2, self.row_dtype)
+
+    def requantized(
+        self, hidden: Float32[Array, "*rows I"], hidden_scale: Float32[Array, ""] | None
+    ) -> Rows:
+        """GEMM2's operand, from the activation's output."""
+        if self.scheme == "none":
+            hidden = self.rounding(hidden)
+        if self.scheme == "per_token":
+            # The kernels write bfloat16 here and quantise it in a pass of its own
+            # (flashinfer-python@0.6.13:data/csrc/trtllm_fused_moe_runner.cu:797-826).
+            hidden = round_to(hidden, jnp.bfloat16)
+        return self._operand(hidden, hidden_scale)
+
+    def input_scale(self, experts: ExpertWeights) -> Float32[Array, ""] | None:
+        """The decode scale of GEMM1's activations; None where it is not static."""
+        return self._activation_scale(experts.input_scale)
+
+    def hidden_scale(self, experts: ExpertWeights) -> Float32[Array, ""] | None:
+        """The decode scale of GEMM2's activations; None where it is not static."""
+        return self._activation_scale(experts.hidden_scale)
+
+    def combine(
+        self, rows: Float32[Array, "T K H"], topk_weights: Float32[Array, "T K"]
+    ) -> Float32[Array, "T H"]:
+        """The weighted sum over a token's slots: float32, in slot order."""
+        total = jnp.zeros_like(rows[:, 0])
+        for slot in range(rows.shape[1]):
+            row = rows[:, slot]
+            weighted = self.call.numerics == "vllm" or self.call.router_weight_on_input
+            total = total + (row if weighted else row * topk_weights[:, slot, None])
+        return total
+
+    def rounding(self, x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+        """Rounds to x's dtype, in float32."""
+        return round_to(x, self.input_dtype)
+
+    def _activation_scale(self, scale: Array | None) -> Array | None:
+        if scale is None:
+            return None
+        # One scale for all experts, on whatever device they live.
+        largest = jnp.max(scale)
+        return largest if self.call.axis_name is None else lax.pmax(largest, self.call.axis_name)
+
+    def _operand(self, x: Array, scale: Array | None) -> Rows:
+        """Quantises float32 rows as the scheme says and splits their columns."""
+        if self.scheme == "none":
+            return Rows(x[..., 0::2], x[..., 1::2], None, None)
+        if self.scheme == "per_token":
+            scale = lax.optimization_barrier(scale_for(largest_magnitude(x, keepdims=True)))
+        assert scale is not None  # check_experts
+        rows = self.quantize_at(x, reciprocal(scale))
+        if self.call.numerics == "vllm":
+            return rows
+        return rows._replace(global_scale=jnp.broadcast_to(scale, (*x.shape[:-1], 1)))
+
+    def quantize_at(self, x: Float32[Array, "*rows K"], encode: Float32[Array, "..."]) -> Rows:
+        """Quantises rows at an encode scale, [] or [..., 1].
+
+        Returns:
+            Codes and block scales ("kernel"), or what they dequantise to ("vllm"), in either case
+            without a global scale.
+        """
+        codes, block_scale = quantize_blocks(x, encode if encode.ndim == 0 else encode[..., 0])
+        if self.call.numerics == "vllm":
+            step = exact_divide(block_scale, jnp.broadcast_to(encode, block_scale.shape))
+            blocks = 0.5 * doubled_codes(codes).astype(jnp.float32).reshape(*step.shape, BLOCK_SIZE)
+            values = self.rounding((blocks * step[..., None]).reshape(x.shape))
+            return Rows(values[..., 0::2], values[..., 1::2], None, None)
+        # The remainder changes nothing (doubled codes are at most 12), but XLA:CPU, which drops the
+        # barriers before it fuses, does not repeat what it holds to be expensive.
+        doubled = lax.rem(doubled_codes(codes), jnp.int8(13))
+        return Rows(doubled[..., 0::2], doubled[..., 1::2], block_scale, None)
+
+    def _scaled(self, sums: Array, rows: Rows, weights: Nvfp4Array, bias: Array | None) -> Array:
+        """Applies the global scales that the products left out, then the bias."""
+        if self.call.numerics == "kernel":
+            scale = expand_global_scale(weights.global_scale, weights.data.shape[:-1])
+            scale = _lift(jnp.broadcast_to(scale, weights.data.shape[:-1]), sums.ndim)
+            sums = sums * (scale if rows.global_scale is None else scale * rows.global_scale)
+        return sums if bias is None else sums + _lift(bias, sums.ndim)
+
+
+def _lift(array: Array, ndim: int) -> Array:
+    """Adds leading axes of length 1, up to `ndim` axes."""
+    return array.reshape((1,) * (ndim - array.ndim) + array.shape)

@@ -1,0 +1,1 @@
+"""The implementation "cute_dsl": FlashInfer's CuTe-DSL kernels on Blackwell."""

@@ -1,0 +1,1 @@
+"""The implementation "triton": kernels for NVIDIA GPUs from SM80 on."""

@@ -1,0 +1,1 @@
+"""The implementation "trtllm": FlashInfer's TRTLLM-Gen kernel on Blackwell."""

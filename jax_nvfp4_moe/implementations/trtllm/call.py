@@ -1,0 +1,158 @@
+"""What FlashInfer's `trtllm_fp4_block_scale_moe` is given.
+
+Tokens are quantised here; the kernel gets packed ids or the router's logits, quantised activations
+and, in three numbers for each expert, every scale that is left. What it takes is in
+data/csrc/trtllm_fused_moe_kernel_launcher.cu of flashinfer-python 0.6.13. It checks little of that:
+what would read or write out of bounds is refused, or made right, before the call.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_nvfp4_moe.bridge import flashinfer
+from jax_nvfp4_moe.bridge.call import Argument, Output
+from jax_nvfp4_moe.bridge.call import call as bridge_call
+from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.format import quantize
+from jax_nvfp4_moe.implementations.base import Call
+from jax_nvfp4_moe.implementations.common.native import run_kernels
+from jax_nvfp4_moe.implementations.common.recipes import Recipe
+from jax_nvfp4_moe.implementations.trtllm.checks import check_arguments
+from jax_nvfp4_moe.implementations.trtllm.routing import (
+    from_logits,
+    packed,
+    padded_experts,
+)
+from jax_nvfp4_moe.implementations.trtllm.sizes import max_tokens, workspace_bytes
+from jax_nvfp4_moe.implementations.trtllm.weights import weight_arguments
+from jax_nvfp4_moe.relayout import prepare
+from jax_nvfp4_moe.routing import Routing
+
+FUNCTION = "trtllm_fp4_block_scale_moe"
+
+
+@dataclasses.dataclass(frozen=True)
+class Callee:
+    """Whose function is called.
+
+    Attributes:
+        module: the name under which the bridge knows FlashInfer's module.
+        version: of the flashinfer-python it comes from.
+    """
+
+    module: str
+    version: str
+
+
+def run_on(
+    callee: Callee,
+    call: Call,
+    x: Float[Array, "T H"],
+    topk_ids: Int32[Array, "T K"],
+    topk_weights: Float32[Array, "T K"],
+    experts: ExpertWeights,
+) -> Float[Array, "T H"]:
+    """The layer's output.
+
+    Args:
+        callee: whose function is called.
+        call: what is computed.
+        x: tokens.
+        topk_ids: of all experts.
+        topk_weights: their weights.
+        experts: those of this device; in another layout than "trtllm" they are rearranged here.
+    """
+    limit = max_tokens(topk_ids.shape[1], padded_experts(experts.num_experts))
+    launch = _launcher(callee, call, experts)
+
+    def routed(values: Array, ids: Array, weights: Array) -> Array:
+        return launch(values, packed(ids, weights, experts.num_experts))
+
+    kernels = partial(_in_parts, routed, limit)
+    return run_kernels(kernels, call, x, topk_ids, topk_weights, experts)
+
+
+def run_from_logits_on(
+    callee: Callee,
+    call: Call,
+    routing: Routing,
+    x: Float[Array, "T H"],
+    logits: Float[Array, "T E"],
+    bias: Float[Array, " E"] | None,
+    experts: ExpertWeights,
+) -> Float[Array, "T H"]:
+    """The layer's output, routed by the kernel.
+
+    Args:
+        callee: whose function is called.
+        call: what is computed.
+        routing: how to route.
+        x: tokens.
+        logits: the router's output.
+        bias: the selection bias, or None.
+        experts: all of them; in another layout than "trtllm" they are rearranged here.
+
+    Raises:
+        ValueError: the kernel has no such router.
+    """
+    launch = _launcher(callee, call, experts)
+    y = _in_parts(
+        lambda values, logits: launch(values, from_logits(logits, routing, bias)),
+        max_tokens(routing.top_k, experts.num_experts),
+        x.astype(jnp.float32),
+        logits,
+    )
+    return y.astype(call.output_dtype)
+
+
+def _in_parts(launch: Callable[..., Array], limit: int, *tokens: Array) -> Array:
+    """`launch(*tokens)`, of at most `limit` tokens at once, and never of none."""
+    count = len(tokens[0])
+    if count == 0:  # the function divides by it
+        return jnp.zeros_like(tokens[0])
+    parts = [launch(*(a[at : at + limit] for a in tokens)) for at in range(0, count, limit)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _launcher(
+    callee: Callee, call: Call, experts: ExpertWeights
+) -> Callable[[Float32[Array, "T H"], Mapping[str, Argument]], Array]:
+    """What takes tokens, and the arguments about their routing, to the experts' output.
+
+    All that depends on the experts alone is made here, once.
+    """
+    experts = prepare(experts, "trtllm")
+    own_scales = experts.activation_scheme == "per_token"
+    if own_scales:
+        # Beside each token's own scale that of all is 1; GEMM2's are the kernel's business.
+        input_scale = hidden_scale = jnp.float32(1)
+    else:
+        recipe = Recipe(call, experts.activation_scheme, jnp.float32)
+        input_scale, hidden_scale = recipe.input_scale(experts), recipe.hidden_scale(experts)
+        assert input_scale is not None and hidden_scale is not None  # check_experts
+    weights = weight_arguments(call.activation, experts, input_scale, hidden_scale)
+    padding = experts.w2.shape[-2] - experts.hidden_size
+
+    def launch(values: Float32[Array, "T H"], routing: Mapping[str, Argument]) -> Array:
+        values = jnp.pad(values, ((0, 0), (0, padding)))
+        rows = quantize(values, per="row") if own_scales else quantize(values, input_scale)
+        arguments = {
+            **weights,
+            **routing,
+            "hidden_states": rows.data,
+            "hidden_states_scale": rows.scale,
+            "per_token_scales": rows.global_scale if own_scales else None,
+            # Narrower than the padded rows: what was padded is not written.
+            "output": Output((len(values), experts.hidden_size), jnp.bfloat16),
+        }
+        sizes = check_arguments(arguments)
+        ordered = flashinfer.arguments(FUNCTION, callee.version, arguments)
+        workspace = workspace_bytes(callee.version, sizes)
+        *_, y = bridge_call(callee.module, FUNCTION, ordered, workspace=workspace)
+        return y
+
+    return launch
