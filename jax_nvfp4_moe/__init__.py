@@ -16,18 +16,24 @@ from jax_nvfp4_moe.format import dequantize as dequantize
 from jax_nvfp4_moe.format import pack as pack
 from jax_nvfp4_moe.format import quantize as quantize
 from jax_nvfp4_moe.format import unpack as unpack
-from jax_nvfp4_moe.implementations.cpu.implementation import Cpu as Cpu
-from jax_nvfp4_moe.implementations.cute_dsl.implementation import CuteDsl as CuteDsl
-from jax_nvfp4_moe.implementations.triton.implementation import Triton as Triton
+from jax_nvfp4_moe.implementations.base import Implementation as Implementation
+from jax_nvfp4_moe.implementations.cpu import Cpu as Cpu
+from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl as CuteDsl
+from jax_nvfp4_moe.implementations.emulation import Emulation as Emulation
+from jax_nvfp4_moe.implementations.triton import Triton as Triton
+from jax_nvfp4_moe.implementations.trtllm import Trtllm as Trtllm
 from jax_nvfp4_moe.layer import Mlp as Mlp
 from jax_nvfp4_moe.layer import MoeLayer as MoeLayer
 from jax_nvfp4_moe.layer import Router as Router
 from jax_nvfp4_moe.moe import nvfp4_moe as nvfp4_moe
 from jax_nvfp4_moe.moe import nvfp4_moe_routed as nvfp4_moe_routed
+from jax_nvfp4_moe.quantization import SharedScales as SharedScales
 from jax_nvfp4_moe.quantization import quantize_experts as quantize_experts
-from jax_nvfp4_moe.relayout import prepare as prepare
+from jax_nvfp4_moe.quantization import share_scales as share_scales
 from jax_nvfp4_moe.routing import Routing as Routing
 from jax_nvfp4_moe.routing import route as route
+from jax_nvfp4_moe.selection import Report as Report
 from jax_nvfp4_moe.selection import explain as explain
+from jax_nvfp4_moe.selection import prepare as prepare
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

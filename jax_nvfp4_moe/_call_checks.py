@@ -1,16 +1,16 @@
-"""What a call refuses while it is traced: `moe` uses these, one for each group of arguments."""
+"""Checks of a call's arguments while it is traced, one function for each group of arguments."""
 
-from typing import Any, get_args
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jax_nvfp4_moe._messages import INPUT_DTYPES, check_dtype, check_name, described
+from jax_nvfp4_moe._messages import INPUT_DTYPES, check_dtype, described
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights
-from jax_nvfp4_moe.implementations.base import Numerics
+from jax_nvfp4_moe.routing import Routing
 
 
 def axis_size(axis_name: str | None) -> int:
@@ -114,14 +114,17 @@ def check_routed(
         )
 
 
-def check_options(
-    activation: Activation,
-    experts: ExpertWeights,
-    numerics: str,
-    router_weight_on_input: bool,
-    top_k: int,
-) -> None:
-    """Refuses options that do not fit the experts or each other."""
+def check_routing(routing: Any) -> None:
+    """Refuses what is not a `Routing`."""
+    if not isinstance(routing, Routing):
+        raise TypeError(
+            f"routing is {described(routing)}, expected Routing, as in "
+            "Routing('renormalize', top_k=8)"
+        )
+
+
+def check_activation(activation: Activation, experts: ExpertWeights) -> None:
+    """Refuses an activation that does not fit the experts."""
     if activation.gated != experts.gated:
         have = "gate and up rows" if experts.gated else "up rows alone"
         suggestion = "'silu'" if experts.gated else "'relu2'"
@@ -129,7 +132,10 @@ def check_options(
             f"activation {activation.name!r} is {'' if activation.gated else 'not '}gated, but "
             f"the experts have {have}: use for example {suggestion}"
         )
-    check_name("numerics", numerics, get_args(Numerics))
+
+
+def check_weight_on_input(router_weight_on_input: Any, top_k: int) -> None:
+    """Refuses `router_weight_on_input` where a token has several weights."""
     check_flag("router_weight_on_input", router_weight_on_input)
     if router_weight_on_input and top_k != 1:
         raise ValueError(

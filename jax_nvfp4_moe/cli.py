@@ -270,7 +270,7 @@ def tune_cute_dsl(as_json: bool, **options: Any) -> None:
     The table is tactics.json in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe; calls that
     are traced from then on look there.
     """
-    from jax_nvfp4_moe.tuning.measuring import tune  # noqa: PLC0415
+    from jax_nvfp4_moe.implementations.cute_dsl.tune import tune  # noqa: PLC0415
 
     with _plain_errors(NotImplementedError, ValueError):
         found = tune(**options)
@@ -373,8 +373,8 @@ _COLUMNS: dict[str, Callable[[LayerReport], str]] = {
     "E x H x I": lambda one: f"{one.num_experts} x {one.hidden_size} x {one.intermediate_size}",
     "scheme": lambda one: one.scheme,
     "weight scales": lambda one: _shown(one.global_scale),
-    "input scales": lambda one: _shown(one.input_scale),
-    "hidden scales": lambda one: _shown(one.hidden_scale),
+    "input scales": lambda one: _shown(one.w13_input_scale),
+    "hidden scales": lambda one: _shown(one.w2_input_scale),
     "": lambda one: "problems" if one.problems else "ok",
 }
 

@@ -1,8 +1,8 @@
-"""The experts of one MoE layer in NVFP4: the type, and what makes one valid.
+"""The experts of one MoE layer in NVFP4: the type and its checks.
 
 Dimensions, here and everywhere: E experts, H hidden size, I intermediate size, T tokens, K top-k
 (or, of a matrix, its contraction length), G = 2 for gated experts and 1 for others.
-`quantization` builds experts, `arrangement` brings them into a kernel's layout.
+`quantization` builds experts from matrices; `relayout` moves them between layouts.
 """
 
 import dataclasses
@@ -27,41 +27,69 @@ ActivationScheme = Literal["static", "per_token", "none"]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("w13", "w2", "input_scale", "hidden_scale", "w13_bias", "w2_bias"),
+    data_fields=("w13", "w2", "w13_input_scale", "w2_input_scale", "w13_bias", "w2_bias"),
     meta_fields=("hidden_size", "intermediate_size", "activation_scheme", "layout"),
 )
 @dataclasses.dataclass(frozen=True)
 class ExpertWeights:
-    """The experts of one layer: a pytree of plain arrays, with static metadata.
+    """The experts of one layer: a pytree of plain arrays with static metadata.
+
+    Two arrays are enough: ``ExpertWeights(w13=w13, w2=w2)`` has no biases, and takes its sizes from
+    the shapes and its activation scheme from the scales.
 
     Attributes:
         w13: [E, G*I, H], rows **gate then up** as in checkpoints (not gated: up alone). Its
-            `global_scale` is float32 [E, G]: gate and up may differ.
+            `global_scale` is float32 [E, 1], shared by gate and up, or [E, G], separate. The shape
+            decides which kernels can serve the layer, so that the choice never depends on values.
         w2: [E, H, I]; `global_scale` float32 [E].
-        input_scale: decode scale of GEMM1's activations, float32 [E, G] or []. Activations are
-            quantised once for all experts, with the **largest** of them (over every device, under
-            expert parallelism), as the Blackwell kernels and vLLM do. None unless "static".
-        hidden_scale: decode scale of GEMM2's activations, float32 [E] or []; used the same way.
+        w13_input_scale: decode scale of GEMM1's activations, float32 [E, 1], [E, G] or []. The
+            **largest** one (over every device, under expert parallelism) quantises activations once
+            for all experts, as in the Blackwell kernels and vLLM. None unless "static".
+        w2_input_scale: decode scale of GEMM2's activations, float32 [E] or []; used the same way.
         w13_bias: float32 [E, G*I], added before the activation, or None. Logical order always.
         w2_bias: float32 [E, H], or None.
-        hidden_size: H, static; the stored arrays may be padded beyond it.
-        intermediate_size: I, static, likewise.
+        hidden_size: H, static; the stored arrays may be padded beyond it. None, in the linear
+            layout: from the shape of `w13`.
+        intermediate_size: I, static, likewise; None: from the shape of `w2`.
         activation_scheme: "static" (calibrated scales), "per_token" (each token's own largest
-            magnitude / 2688) or "none" (W4A16: activations are not quantised). Static.
+            magnitude / 2688) or "none" (W4A16: activations are not quantised). Static. None:
+            "static" with input scales, "per_token" without.
         layout: how `data` and `scale` are arranged: "linear" as above, or as `prepare` left them
             for "trtllm" or "cute_dsl". Global scales and biases never move. Static.
+
+    Raises:
+        ValueError: a size is None in a layout that pads.
     """
 
     w13: Nvfp4Array
     w2: Nvfp4Array
-    input_scale: Float32[Array, "..."] | None
-    hidden_scale: Float32[Array, "..."] | None
-    w13_bias: Float32[Array, "E GI"] | None
-    w2_bias: Float32[Array, "E H"] | None
-    hidden_size: int
-    intermediate_size: int
-    activation_scheme: ActivationScheme
-    layout: Layout
+    w13_input_scale: Float32[Array, "..."] | None = None
+    w2_input_scale: Float32[Array, "..."] | None = None
+    w13_bias: Float32[Array, "E GI"] | None = None
+    w2_bias: Float32[Array, "E H"] | None = None
+    hidden_size: int = None  # type: ignore[assignment]  # __post_init__ fills all three
+    intermediate_size: int = None  # type: ignore[assignment]
+    activation_scheme: ActivationScheme = None  # type: ignore[assignment]
+    layout: Layout = "linear"
+
+    def __post_init__(self) -> None:
+        # JAX rebuilds experts around leaves of any kind, but always passes the metadata.
+        for name, weights in (("hidden_size", self.w13), ("intermediate_size", self.w2)):
+            if getattr(self, name) is not None:
+                continue
+            if self.layout != "linear":
+                raise ValueError(
+                    f"{name} is None with layout {self.layout!r}, whose arrays are padded: "
+                    f"expected {name} as an int"
+                )
+            if not isinstance(weights, Nvfp4Array):
+                field = "w13" if name == "hidden_size" else "w2"
+                raise TypeError(f"{field} is {described(weights)}, expected Nvfp4Array")
+            object.__setattr__(self, name, weights.shape[-1])
+        if self.activation_scheme is None:
+            calibrated = self.w13_input_scale is not None or self.w2_input_scale is not None
+            scheme: ActivationScheme = "static" if calibrated else "per_token"
+            object.__setattr__(self, "activation_scheme", scheme)
 
     @property
     def num_experts(self) -> int:
@@ -72,6 +100,11 @@ class ExpertWeights:
     def gated(self) -> bool:
         """Whether `w13` holds gate and up rows, or up rows alone."""
         return self.w13.shape[-2] != self.w2.shape[-1]
+
+    @property
+    def separate_scales(self) -> bool:
+        """Whether gate and up have global scales of their own: a matter of shape, not of values."""
+        return self.w13.global_scale.shape[-1] > 1
 
     @property
     def nbytes(self) -> int:
@@ -132,12 +165,12 @@ def check_experts(experts: ExpertWeights) -> None:
     _check_shapes("experts.w2", experts.w2, (num_experts, hidden, intermediate), described_by)
     w13_shape = (num_experts, gates * intermediate, hidden)
     _check_shapes("experts.w13", experts.w13, w13_shape, described_by)
-    for name, wanted in (("w13", (num_experts, gates)), ("w2", (num_experts,))):
-        got = getattr(experts, name).global_scale.shape
-        if got != wanted:
-            raise ValueError(f"experts.{name}.global_scale has shape {got}, expected {wanted}")
-    for name, wanted in (("input_scale", (num_experts, gates)), ("hidden_scale", (num_experts,))):
-        _check_activation_scale(name, getattr(experts, name), wanted, scheme)
+    of_w13 = tuple(dict.fromkeys([(num_experts, 1), (num_experts, gates)]))
+    of_w2 = ((num_experts,),)
+    for name, wanted in (("w13", of_w13), ("w2", of_w2)):
+        _check_one_of(f"{name}.global_scale", getattr(experts, name).global_scale.shape, wanted)
+    for name, wanted in (("w13_input_scale", of_w13), ("w2_input_scale", of_w2)):
+        _check_activation_scale(name, getattr(experts, name), ((), *wanted), scheme)
     logical_rows = gates * experts.intermediate_size
     for name, width in (("w13_bias", logical_rows), ("w2_bias", experts.hidden_size)):
         bias = getattr(experts, name)
@@ -187,8 +220,18 @@ def _check_shapes(
     check_global_scale(f"{name}.global_scale", weights.global_scale, shape)
 
 
+def _check_one_of(name: str, shape: tuple[int, ...], expected: tuple[tuple[int, ...], ...]) -> None:
+    if shape not in expected:
+        raise ValueError(
+            f"experts.{name} has shape {shape}, expected {' or '.join(map(str, expected))}"
+        )
+
+
 def _check_activation_scale(
-    name: str, scale: Array | None, per_expert: tuple[int, ...], scheme: ActivationScheme
+    name: str,
+    scale: Array | None,
+    expected: tuple[tuple[int, ...], ...],
+    scheme: ActivationScheme,
 ) -> None:
     if scheme == "static" and scale is None:
         raise ValueError(
@@ -202,8 +245,7 @@ def _check_activation_scale(
     if scale is None:
         return
     _check_array(f"experts.{name}", scale)
-    if scale.shape not in ((), per_expert):
-        raise ValueError(f"experts.{name} has shape {scale.shape}, expected () or {per_expert}")
+    _check_one_of(name, scale.shape, expected)
 
 
 def validate(experts: ExpertWeights) -> None:
@@ -233,7 +275,7 @@ def validate(experts: ExpertWeights) -> None:
         negative = (bits > 0x80) & (bits != 0xFF)
         problems += problems_of(f"{name}.scale", scale, negative, "negative")
         problems += positive_problems(f"{name}.global_scale", np.asarray(weights.global_scale))
-    for name in ("input_scale", "hidden_scale"):
+    for name in ("w13_input_scale", "w2_input_scale"):
         if (scale := getattr(experts, name)) is not None:
             problems += positive_problems(name, np.asarray(scale))
     for name in ("w13_bias", "w2_bias"):

@@ -17,11 +17,8 @@ from jax_nvfp4_moe._call_checks import axis_size, check_output_dtype
 from jax_nvfp4_moe._messages import INPUT_DTYPES, as_array, described
 from jax_nvfp4_moe.activations import Activation, activate
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
-from jax_nvfp4_moe.implementations.base import Numerics
-from jax_nvfp4_moe.implementations.cpu.implementation import Cpu
-from jax_nvfp4_moe.implementations.cute_dsl.implementation import CuteDsl
-from jax_nvfp4_moe.implementations.triton.implementation import Triton
-from jax_nvfp4_moe.moe import nvfp4_moe_routed
+from jax_nvfp4_moe.implementations.base import Call, Implementation, Routed
+from jax_nvfp4_moe.moe import compute
 from jax_nvfp4_moe.routing import Routing, check_fits, route
 
 # A router's choice jumps where two scores cross: TPUs and GPUs are kept from bfloat16 and TF32.
@@ -71,7 +68,7 @@ class Router:
 
     def __call__(self, x: Float[Array, "T H"]) -> tuple[Int32[Array, "T K"], Float32[Array, "T K"]]:
         """Each token's experts, best first, and their weights."""
-        ids, weights = route(self.logits(x), self.routing, bias=self.selection_bias)
+        ids, weights = route(self.logits(x), self.routing, selection_bias=self.selection_bias)
         if self.expert_scale is not None:
             weights = weights * self.expert_scale.astype(jnp.float32)[ids]
         return ids, weights
@@ -138,10 +135,9 @@ class MoeLayer:
         x: Float[Array, "*batch H"],
         *,
         router_input: Float[Array, "*batch H"] | None = None,
-        implementation: str | Cpu | CuteDsl | Triton | None = None,
+        implementation: str | Implementation | None = None,
         output_dtype: Any = None,
         axis_name: str | None = None,
-        numerics: Numerics = "kernel",
     ) -> Float[Array, "*batch H"]:
         """The block's output, without a residual.
 
@@ -153,7 +149,6 @@ class MoeLayer:
             output_dtype: routed and shared parts are summed in float32 and rounded to it once.
             axis_name: the mesh axis over which the routed experts are split; the router and the
                 shared expert are computed on every device.
-            numerics: for the routed experts, and for a shared one in NVFP4.
 
         Returns:
             The shape of x, of `output_dtype`.
@@ -173,27 +168,17 @@ class MoeLayer:
                 raise ValueError(
                     f"router_input has shape {router_input.shape}, expected that of x, {x.shape}"
                 )
-        ids, weights = self.router(seen)
-        run = functools.partial(
-            nvfp4_moe_routed,
-            activation=self.activation,
-            implementation=implementation,
-            numerics=numerics,
-            output_dtype=jnp.float32,
-        )
-        y = run(
-            self._projected(tokens, self.to_latent).astype(x.dtype),
-            ids,
-            weights,
-            self.experts,
-            axis_name=axis_name,
-            router_weight_on_input=self.router_weight_on_input,
-        )
+        call = Call(self.activation, jnp.dtype(jnp.float32), axis_name, self.router_weight_on_input)
+        inner = self._projected(tokens, self.to_latent).astype(x.dtype)
+        routed = Routed(*self.router(seen))
+        y = compute(inner, routed, self.experts, call, implementation)
         y = self._projected(y, self.from_latent)
         if isinstance(self.shared, ExpertWeights):
+            call = Call(self.activation, jnp.dtype(jnp.float32), None, False)
             alone = (tokens.shape[0], 1)
-            ids, weights = jnp.zeros(alone, jnp.int32), jnp.ones(alone, jnp.float32)
-            y = y + self._shared_weight(tokens) * run(tokens, ids, weights, self.shared)
+            routed = Routed(jnp.zeros(alone, jnp.int32), jnp.ones(alone, jnp.float32))
+            shared = compute(tokens, routed, self.shared, call, implementation)
+            y = y + self._shared_weight(tokens) * shared
         elif self.shared is not None:
             y = y + self._shared_weight(tokens) * self.shared(tokens, self.activation)
         return y.reshape(x.shape).astype(check_output_dtype(x, output_dtype))

@@ -1,10 +1,11 @@
 """The layer: NVFP4 mixture-of-experts as one pure function.
 
-`nvfp4_moe` routes and computes, `nvfp4_moe_routed` computes what was routed. Both check their
-arguments while tracing, choose an implementation, and hand it the call; jit, vmap and grad are
-settled here, once for all implementations.
+`nvfp4_moe` routes tokens and computes their experts, `nvfp4_moe_routed` takes routed tokens. Both
+check their arguments once, while tracing, and call `compute`, which chooses an implementation and
+checks nothing. jit, vmap and grad are defined here, once for all implementations.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,22 +19,28 @@ from jaxtyping import Array, Float, Int, Int32
 
 from jax_nvfp4_moe import devices, selection
 from jax_nvfp4_moe._call_checks import (
-    check_flag,
+    check_activation,
     check_logits,
-    check_options,
     check_output_dtype,
     check_routed,
+    check_routing,
     check_tokens,
+    check_weight_on_input,
 )
-from jax_nvfp4_moe._messages import as_array, described
+from jax_nvfp4_moe._messages import as_array
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
-from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
-from jax_nvfp4_moe.implementations.common import gradient as _gradient
-from jax_nvfp4_moe.implementations.cpu.implementation import Cpu
-from jax_nvfp4_moe.implementations.cute_dsl.implementation import CuteDsl
-from jax_nvfp4_moe.implementations.triton.implementation import Triton
-from jax_nvfp4_moe.routing import Routing, check_routable, route
+from jax_nvfp4_moe.implementations.base import (
+    Call,
+    Implementation,
+    Plan,
+    Problem,
+    Routed,
+    Unrouted,
+    shapes_of,
+)
+from jax_nvfp4_moe.implementations.common import gradient
+from jax_nvfp4_moe.routing import Routing, check_routable, select_experts
 
 
 def nvfp4_moe(
@@ -42,79 +49,55 @@ def nvfp4_moe(
     experts: ExpertWeights,
     routing: Routing,
     *,
-    bias: Float[Array, " E"] | None = None,
+    selection_bias: Float[Array, " E"] | None = None,
     activation: str | Activation = "silu",
-    implementation: str | Cpu | CuteDsl | Triton | None = None,
+    implementation: str | Implementation | None = None,
     output_dtype: Any = None,
     axis_name: str | None = None,
-    numerics: Numerics = "kernel",
     router_weight_on_input: bool = False,
-    route_in_kernel: bool = False,
 ) -> Float[Array, "T H"]:
-    """A mixture-of-experts layer with NVFP4 experts: router and experts.
+    """Returns the output of a mixture-of-experts layer with NVFP4 experts: router and experts.
 
-    The same as `route` followed by `nvfp4_moe_routed`, whose arguments, errors and differentiation
-    apply; with `route_in_kernel`, in one launch less.
+    The same as `route` followed by `nvfp4_moe_routed`, whose errors and differentiation apply.
+    `Trtllm(route_in_kernel=True)` routes inside the kernel, in one launch less.
 
     Args:
-        x: tokens [T, H]: bfloat16, float16 or float32.
+        x: tokens [T, H]: bfloat16, float16 or float32. T may be 0.
         logits: the router's output [T, E], over all experts of the layer; likewise.
         experts: the layer's experts, in any layout.
         routing: how to route.
-        bias: the selection bias [E] of "deepseek_v3" and "minimax2", or None.
-        activation: as in `nvfp4_moe_routed`.
-        implementation: as in `nvfp4_moe_routed`.
-        output_dtype: as in `nvfp4_moe_routed`.
-        axis_name: as in `nvfp4_moe_routed`.
-        numerics: as in `nvfp4_moe_routed`.
-        router_weight_on_input: as in `nvfp4_moe_routed`.
-        route_in_kernel: leave the routing to the implementation. The kernels of "trtllm" rank and
-            weigh as `route` does, in float32 and by their own sigmoid and softmax, so that scores
-            which are all but equal may be ranked otherwise. It has them for some methods and sizes.
+        selection_bias: [E], added to the scores of "deepseek_v3" and "minimax2" for the selection
+            only, or None.
+        activation: as in `nvfp4_moe_routed`, as are all arguments below.
+        implementation: None, a name, or an `Implementation` with options.
+        output_dtype: of the result.
+        axis_name: the mesh axis over which the experts are split.
+        router_weight_on_input: scale the token instead of the experts' output.
 
     Returns:
         [T, H] of `output_dtype`.
 
     Raises:
-        NotImplementedError: as `nvfp4_moe_routed`; or with `route_in_kernel` the implementation has
-            no router for this method and these sizes.
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape or a value does not fit.
+        NotImplementedError: the implementation that was named cannot serve the call.
     """
     x, logits = as_array("x", x), as_array("logits", logits)
-    if not isinstance(routing, Routing):
-        raise TypeError(
-            f"routing is {described(routing)}, expected Routing, as in "
-            "Routing('renormalize', top_k=8)"
-        )
+    check_routing(routing)
     check_experts(experts)
     check_logits(x, logits, experts, axis_name)
-    check_flag("route_in_kernel", route_in_kernel)
-    if not route_in_kernel:
-        return nvfp4_moe_routed(
-            x,
-            *route(logits, routing, bias=bias),
-            experts,
-            activation=activation,
-            implementation=implementation,
-            output_dtype=output_dtype,
-            axis_name=axis_name,
-            numerics=numerics,
-            router_weight_on_input=router_weight_on_input,
-        )
-    check_routable(logits, routing, bias)
-    call = _checked_call(
-        x,
-        experts,
-        routing.top_k,
-        activation,
-        output_dtype,
-        axis_name,
-        numerics,
-        router_weight_on_input,
+    check_routable(logits, routing, selection_bias)
+    call = _call(
+        x, experts, routing.top_k, activation, output_dtype, axis_name, router_weight_on_input
     )
-    problem = Problem(call, experts, len(x), routing.top_k, devices.current_kind(), routing=routing)
-    chosen = selection.select(implementation, problem)
-    bias = None if bias is None else as_array("bias", bias).astype(jnp.float32)
-    return _moe_from_logits(call, chosen, routing, x, logits, bias, experts)
+    chosen = selection.resolve(implementation)
+    if chosen is None or not chosen.routes:
+        routed = Routed(*select_experts(logits, routing, selection_bias))
+        return compute(x, routed, experts, call, implementation)
+    if selection_bias is not None:
+        selection_bias = jnp.asarray(selection_bias, jnp.float32)
+    unrouted = Unrouted(logits, selection_bias)
+    return compute(x, unrouted, experts, call, implementation, routing=routing)
 
 
 def nvfp4_moe_routed(
@@ -124,13 +107,12 @@ def nvfp4_moe_routed(
     experts: ExpertWeights,
     *,
     activation: str | Activation = "silu",
-    implementation: str | Cpu | CuteDsl | Triton | None = None,
+    implementation: str | Implementation | None = None,
     output_dtype: Any = None,
     axis_name: str | None = None,
-    numerics: Numerics = "kernel",
     router_weight_on_input: bool = False,
 ) -> Float[Array, "T H"]:
-    """The experts of a mixture-of-experts layer, for tokens already routed.
+    """Returns the output of a layer's NVFP4 experts, for tokens that are routed already.
 
     Pure: use it under `jax.jit`, `jax.vmap` (which folds into tokens), `jax.lax.scan` over layers,
     `jax.export`. `jax.grad` gives straight-through gradients with respect to `x` and
@@ -139,19 +121,17 @@ def nvfp4_moe_routed(
     Args:
         x: tokens [T, H]: bfloat16, float16 or float32. T may be 0.
         topk_ids: each token's experts [T, K], integers, all different ("trtllm" loses one of two
-            slots that name the same). Ids outside 0..E-1 contribute nothing.
+            slots with the same expert). Ids outside 0..E-1 contribute nothing.
         topk_weights: their weights [T, K]; bfloat16, float16 or float32, float32 inside.
         experts: the layer's experts, in any layout.
         activation: "silu", "gelu", "gelu_tanh" or "swiglu_oai" for gated experts, "relu2" for
             others; or an `Activation` with parameters.
-        implementation: None chooses; a name ("trtllm", "cute_dsl", "triton", "cpu", "emulation")
-            insists, as does a `CuteDsl`, `Cpu` or `Triton` with options.
+        implementation: None chooses. A name ("trtllm", "cute_dsl", "triton", "cpu", "emulation") or
+            an `Implementation` with options, such as `Cpu(level="avx2")`, insists.
         output_dtype: bfloat16, float16 or float32; None means x's.
         axis_name: the mesh axis over which the experts are split, inside `jax.shard_map`: device i
             holds experts ``i*E/n .. (i+1)*E/n - 1``, ids remain those of the whole layer, and every
             device passes the same tokens and gets the whole result. It does not depend on n.
-        numerics: "kernel" rounds where the Blackwell kernels do; "vllm" where vLLM's emulation
-            does (emulation only).
         router_weight_on_input: scale the token by its weight before the experts instead of their
             output after (Llama 4); K must be 1.
 
@@ -168,41 +148,27 @@ def nvfp4_moe_routed(
     check_experts(experts)
     check_tokens(x, experts)
     check_routed(x, topk_ids, topk_weights, experts, axis_name)
-    tokens, top_k = topk_ids.shape
-    call = _checked_call(
-        x, experts, top_k, activation, output_dtype, axis_name, numerics, router_weight_on_input
-    )
-    problem = Problem(call, experts, tokens, top_k, devices.current_kind())
-    chosen = selection.select(implementation, problem)
-    return _moe(
-        call,
-        chosen,
-        x,
-        _as_int32(topk_ids),
-        topk_weights.astype(jnp.float32),
-        experts,
-    )
+    top_k = topk_ids.shape[1]
+    call = _call(x, experts, top_k, activation, output_dtype, axis_name, router_weight_on_input)
+    routed = Routed(_as_int32(topk_ids), topk_weights.astype(jnp.float32))
+    return compute(x, routed, experts, call, implementation)
 
 
-def _checked_call(
+def _call(
     x: Array,
     experts: ExpertWeights,
     top_k: int,
     activation: str | Activation,
     output_dtype: Any,
     axis_name: str | None,
-    numerics: Numerics,
     router_weight_on_input: bool,
 ) -> Call:
+    """The static arguments, checked."""
     activation = Activation.of(activation)
-    check_options(activation, experts, numerics, router_weight_on_input, top_k)
-    return Call(
-        activation=activation,
-        numerics=numerics,
-        output_dtype=check_output_dtype(x, output_dtype),
-        axis_name=axis_name,
-        router_weight_on_input=bool(router_weight_on_input),
-    )
+    check_activation(activation, experts)
+    check_weight_on_input(router_weight_on_input, top_k)
+    dtype = check_output_dtype(x, output_dtype)
+    return Call(activation, dtype, axis_name, bool(router_weight_on_input))
 
 
 def _as_int32(topk_ids: Int[Array, "T K"]) -> Int32[Array, "T K"]:
@@ -213,110 +179,131 @@ def _as_int32(topk_ids: Int[Array, "T K"]) -> Int32[Array, "T K"]:
     return topk_ids.astype(jnp.int32)
 
 
+# ------------------------------------------------------------------------------------- the core
+
+
+def compute(
+    x: Float[Array, "T H"],
+    routed: Routed | Unrouted,
+    experts: ExpertWeights,
+    call: Call,
+    implementation: str | Implementation | None,
+    *,
+    routing: Routing | None = None,
+) -> Float[Array, "T H"]:
+    """Returns the layer's output for arguments that are checked already.
+
+    Args:
+        x: tokens.
+        routed: `Unrouted` for an implementation that routes by itself.
+        experts: the layer's experts.
+        call: the static arguments.
+        implementation: as in `nvfp4_moe_routed`.
+        routing: how to route `Unrouted` tokens.
+
+    Raises:
+        ValueError: no implementation has that name.
+        NotImplementedError: the implementation that was named cannot serve the call.
+    """
+    if isinstance(routed, Routed):
+        top_k = routed.topk_ids.shape[1]
+    else:
+        assert routing is not None
+        top_k = routing.top_k
+    kind = devices.current_kind()
+    problem = Problem(call, shapes_of(experts), len(x), top_k, kind, routing)
+    return _moe(selection.choose(implementation, problem), x, routed, experts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moe(plan: Plan, x: Array, routed: Routed | Unrouted, experts: ExpertWeights) -> Array:
+    return _straight_through(plan, x, routed, experts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _straight_through(
+    plan: Plan, x: Array, routed: Routed | Unrouted, experts: ExpertWeights
+) -> Array:
+    if isinstance(routed, Routed):
+
+        def run(tokens: tuple[Array, Routed], experts: ExpertWeights) -> Array:
+            return _run(plan, *tokens, experts)
+
+        return _folding_vmap(run)((x, routed), experts)
+
+    # The selection bias has no axis of tokens: it is folded like the experts.
+    def run_unrouted(tokens: tuple[Array, Array], layer: tuple[Array, ExpertWeights]) -> Array:
+        x, logits = tokens
+        bias, experts = layer
+        return _run(plan, x, Unrouted(logits, bias), experts)
+
+    return _folding_vmap(run_unrouted)((x, routed.logits), (routed.selection_bias, experts))
+
+
+def _run(plan: Plan, x: Array, routed: Routed | Unrouted, experts: ExpertWeights) -> Array:
+    """Runs a plan, and the fallback where the program is lowered for another platform."""
+    if len(x) == 0:
+        return jnp.zeros(x.shape, plan.problem.call.output_dtype)
+    if len(x) != plan.problem.tokens:  # vmap folded its axis into T
+        plan = plan.implementation.plan(dataclasses.replace(plan.problem, tokens=len(x)))
+
+    def here(x: Array, routed: Routed | Unrouted, experts: ExpertWeights) -> Array:
+        if isinstance(routed, Routed):
+            return plan.run(x, routed, experts)
+        return plan.run_unrouted(x, routed, experts)
+
+    def elsewhere(x: Array, routed: Routed | Unrouted, experts: ExpertWeights) -> Array:
+        if isinstance(routed, Unrouted):
+            routed = _route(plan, routed.logits, routed.selection_bias)
+        return selection.fallback(plan.problem).run(x, routed, experts)
+
+    if plan.platform is None:
+        return here(x, routed, experts)
+    platforms = {plan.platform: here}
+    return lax.platform_dependent(x, routed, experts, default=elsewhere, **platforms)
+
+
+def _route(plan: Plan, logits: Array, selection_bias: Array | None) -> Routed:
+    assert plan.problem.routing is not None  # of a plan for `Unrouted` tokens
+    return Routed(*select_experts(logits, plan.problem.routing, selection_bias))
+
+
 # ------------------------------------------------------------------------------------- transforms
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _moe(
-    call: Call,
-    implementation: Implementation,
-    x: Array,
-    topk_ids: Array,
-    topk_weights: Array,
-    experts: ExpertWeights,
-) -> Array:
-    return _straight_through(call, implementation, x, topk_ids, topk_weights, experts)
+def _forward(plan: Plan, *arguments: Any) -> tuple[Array, tuple[Any, ...]]:
+    return _straight_through(plan, *arguments), arguments
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _straight_through(
-    call: Call,
-    implementation: Implementation,
-    x: Array,
-    topk_ids: Array,
-    topk_weights: Array,
-    experts: ExpertWeights,
-) -> Array:
-    forward = _folding_vmap(functools.partial(implementation.run, call))
-    return forward((x, topk_ids, topk_weights), experts)
+def _backward(plan: Plan, residuals: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
+    x, routed, experts = residuals
+    frozen = jax.tree.map(_zero_cotangent, experts)
+    if isinstance(routed, Routed):
+        dx, dw = _backward_routed(plan, x, routed, experts, cotangent)
+        return dx, Routed(_zero_cotangent(routed.topk_ids), dw), frozen
+
+    def weigh(logits: Array) -> tuple[Array, Array]:
+        routed_here = _route(plan, logits, routed.selection_bias)
+        return routed_here.topk_weights, routed_here.topk_ids
+
+    weights, pull, ids = jax.vjp(weigh, routed.logits, has_aux=True)
+    dx, dw = _backward_routed(plan, x, Routed(ids, weights), experts, cotangent)
+    (d_logits,) = pull(dw)
+    d_bias = jax.tree.map(_zero_cotangent, routed.selection_bias)
+    return dx, Unrouted(d_logits, d_bias), frozen
 
 
-def _forward(
-    call: Call, implementation: Implementation, *arguments: Any
-) -> tuple[Array, tuple[Any, ...]]:
-    return _straight_through(call, implementation, *arguments), arguments
+def _backward_routed(
+    plan: Plan, x: Array, routed: Routed, experts: ExpertWeights, cotangent: Array
+) -> tuple[Array, Array]:
+    def run(tokens: tuple[Array, Routed, Array], experts: ExpertWeights) -> tuple[Array, Array]:
+        x, routed, g = tokens
+        return gradient.backward(plan.problem.call, plan.numerics, x, *routed, experts, g)
 
-
-def _backward(
-    call: Call, implementation: Implementation, residuals: tuple[Any, ...], cotangent: Array
-) -> tuple[Any, ...]:
-    x, topk_ids, topk_weights, experts = residuals
-
-    def run(x: Array, ids: Array, weights: Array, g: Array, experts: ExpertWeights) -> Any:
-        return _gradient.backward(call, x, ids, weights, experts, g)
-
-    dx, dw = _folding_vmap(run)((x, topk_ids, topk_weights, cotangent), experts)
-    return dx, _zero_cotangent(topk_ids), dw, jax.tree.map(_zero_cotangent, experts)
+    return _folding_vmap(run)((x, routed, cotangent), experts)
 
 
 _straight_through.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _moe_from_logits(
-    call: Call,
-    implementation: Implementation,
-    routing: Routing,
-    x: Array,
-    logits: Array,
-    bias: Array | None,
-    experts: ExpertWeights,
-) -> Array:
-    return _straight_through_from_logits(call, implementation, routing, x, logits, bias, experts)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _straight_through_from_logits(
-    call: Call,
-    implementation: Implementation,
-    routing: Routing,
-    x: Array,
-    logits: Array,
-    bias: Array | None,
-    experts: ExpertWeights,
-) -> Array:
-    def run(x: Array, logits: Array, layer: tuple[Array | None, ExpertWeights]) -> Array:
-        return implementation.run_from_logits(call, routing, x, logits, *layer)
-
-    return _folding_vmap(run)((x, logits), (bias, experts))
-
-
-def _forward_from_logits(
-    call: Call, implementation: Implementation, routing: Routing, *arguments: Any
-) -> tuple[Array, tuple[Any, ...]]:
-    output: Any = _straight_through_from_logits(call, implementation, routing, *arguments)
-    return output, arguments
-
-
-def _backward_from_logits(
-    call: Call,
-    implementation: Implementation,
-    routing: Routing,
-    residuals: tuple[Any, ...],
-    cotangent: Array,
-) -> tuple[Any, ...]:
-    x, logits, bias, experts = residuals
-
-    def weigh(logits: Array) -> tuple[Array, Array]:
-        ids, weights = route(logits, routing, bias=bias)
-        return weights, ids
-
-    weights, pull, ids = jax.vjp(weigh, logits, has_aux=True)
-    dx, _, dw, frozen = _backward(call, implementation, (x, ids, weights, experts), cotangent)
-    return dx, *pull(dw), jax.tree.map(_zero_cotangent, bias), frozen
-
-
-_straight_through_from_logits.defvjp(_forward_from_logits, _backward_from_logits)
 
 
 def _zero_cotangent(array: Array) -> Any:
@@ -325,42 +312,44 @@ def _zero_cotangent(array: Array) -> Any:
     return np.zeros(array.shape, jax.dtypes.float0)
 
 
-def _folding_vmap(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run(*tokens, experts)` that vmap turns into one call with more tokens.
+def _folding_vmap(run: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`run(tokens, layer)` that vmap turns into one call with more tokens.
 
-    Every array of `tokens`, and every result, has the token axis first. Where the experts are
+    Every array of `tokens`, and every result, has the token axis first. Where arrays of `layer` are
     batched too, the batch is computed one after another.
     """
 
     @custom_vmap
-    def call(tokens: tuple[Array, ...], experts: ExpertWeights) -> Any:
-        return run(*tokens, experts)
+    def call(tokens: Any, layer: Any) -> Any:
+        return run(tokens, layer)
 
     @call.def_vmap
-    def rule(
-        axis_size: int, batched: Any, tokens: tuple[Array, ...], experts: ExpertWeights
-    ) -> tuple[Any, Any]:
-        tokens_batched, experts_batched = batched
-        tokens = tuple(
-            array if is_batched else jnp.broadcast_to(array[None], (axis_size, *array.shape))
-            for array, is_batched in zip(tokens, tokens_batched, strict=True)
+    def rule(axis_size: int, batched: Any, tokens: Any, layer: Any) -> tuple[Any, Any]:
+        tokens_batched, layer_batched = batched
+        tokens = jax.tree.map(
+            lambda array, is_batched: (
+                array if is_batched else jnp.broadcast_to(array[None], (axis_size, *array.shape))
+            ),
+            tokens,
+            tokens_batched,
         )
-        if any(jax.tree.leaves(experts_batched)):
-            leaves, treedef = jax.tree.flatten(experts)
-            flags = jax.tree.leaves(experts_batched)
+        if any(jax.tree.leaves(layer_batched)):
+            leaves, treedef = jax.tree.flatten(layer)
+            flags = jax.tree.leaves(layer_batched)
 
             def one(index: Array) -> Any:
                 own = [
                     leaf[index] if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)
                 ]
-                return call(tuple(a[index] for a in tokens), jax.tree.unflatten(treedef, own))
+                mine = jax.tree.map(lambda array: array[index], tokens)
+                return call(mine, jax.tree.unflatten(treedef, own))
 
             results = lax.map(one, jnp.arange(axis_size, dtype=jnp.int32))
         else:
-            folded = tuple(a.reshape(axis_size * a.shape[1], *a.shape[2:]) for a in tokens)
-            num_tokens = tokens[0].shape[1]
+            num_tokens = jax.tree.leaves(tokens)[0].shape[1]
+            folded = jax.tree.map(lambda a: a.reshape(axis_size * num_tokens, *a.shape[2:]), tokens)
             results = jax.tree.map(
-                lambda a: a.reshape(axis_size, num_tokens, *a.shape[1:]), call(folded, experts)
+                lambda a: a.reshape(axis_size, num_tokens, *a.shape[1:]), call(folded, layer)
             )
         return results, jax.tree.map(lambda _: True, results)
 

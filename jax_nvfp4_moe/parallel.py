@@ -68,7 +68,7 @@ def nvfp4_moe(
     routing: Routing,
     *,
     mesh: Mesh,
-    bias: Float[Array, " E"] | None = None,
+    selection_bias: Float[Array, " E"] | None = None,
     expert_axis: str = "expert",
     data_axis: str | None = None,
     **options: Any,
@@ -81,7 +81,7 @@ def nvfp4_moe(
         experts: the whole layer, best placed by `place`.
         routing: how to route.
         mesh: the devices.
-        bias: the selection bias [E], or None.
+        selection_bias: [E], or None.
         expert_axis: the mesh axis that experts are split over.
         data_axis: the mesh axis that tokens are split over, or None.
         **options: those of `jax_nvfp4_moe.nvfp4_moe`, without `axis_name`.
@@ -96,12 +96,12 @@ def nvfp4_moe(
 
     def run(x: Array, logits: Array, bias: Array | None, experts: ExpertWeights) -> Array:
         return moe.nvfp4_moe(
-            x, logits, experts, routing, bias=bias, axis_name=expert_axis, **options
+            x, logits, experts, routing, selection_bias=bias, axis_name=expert_axis, **options
         )
 
     tokens = P(data_axis)
     run = _mapped(run, x, experts, mesh, expert_axis, data_axis, (tokens, tokens, P()))
-    return run(x, logits, bias, experts)
+    return run(x, logits, selection_bias, experts)
 
 
 def nvfp4_moe_routed(

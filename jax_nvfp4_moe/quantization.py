@@ -1,6 +1,7 @@
 """Builds NVFP4 experts from matrices in bfloat16, float16 or float32."""
 
 import dataclasses
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,39 +20,49 @@ from jax_nvfp4_moe.experts import (
     problems_of,
     raise_for,
 )
-from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array, quantize
+from jax_nvfp4_moe.format import (
+    BLOCK_SIZE,
+    Nvfp4Array,
+    doubled_nibbles,
+    exact_divide,
+    quantize,
+    round_to,
+)
+from jax_nvfp4_moe.relayout import to_layout
 
 
 def quantize_experts(
     gate: Float[ArrayLike, "E I H"] | None,
     up: Float[ArrayLike, "E I H"],
     down: Float[ArrayLike, "E H I"],
-    input_scale: Float32[ArrayLike, "..."] | float | None = None,
-    hidden_scale: Float32[ArrayLike, "..."] | float | None = None,
+    w13_input_scale: Float32[ArrayLike, "..."] | float | None = None,
+    w2_input_scale: Float32[ArrayLike, "..."] | float | None = None,
     *,
     activation_scheme: ActivationScheme | None = None,
     gate_bias: Float[ArrayLike, "E I"] | None = None,
     up_bias: Float[ArrayLike, "E I"] | None = None,
     down_bias: Float[ArrayLike, "E H"] | None = None,
-    shared_scale: bool = False,
+    separate_scales: bool = False,
 ) -> ExpertWeights:
-    """Quantises a layer's experts to NVFP4, each matrix with a global scale of its own.
+    """Quantises a layer's experts to NVFP4.
+
+    Each expert has one global scale for gate and up, as in ModelOpt's exports, and one for down.
 
     Args:
         gate: [E, I, H] in bfloat16, float16 or float32 (rows are outputs, as in checkpoints);
             None for experts that are not gated.
         up: [E, I, H].
         down: [E, H, I].
-        input_scale: decode scale (amax / 2688) of the layer's input, [] or [E, G].
-        hidden_scale: decode scale of the activation's output, [] or [E].
+        w13_input_scale: decode scale (amax / 2688) of the layer's input, [], [E, 1] or [E, G].
+        w2_input_scale: decode scale of the activation's output, [] or [E].
         activation_scheme: None means "static" where the two scales are given and "per_token",
             which needs no calibration, where they are not.
         gate_bias: [E, I], or None. Gate and up have biases together.
         up_bias: [E, I], or None.
         down_bias: [E, H], or None.
-        shared_scale: let an expert's gate and up have one global scale, of the larger of both. The
-            kernels of "cute_dsl" take such experts alone, those of "trtllm" where an activation has
-            a limit.
+        separate_scales: give an expert's gate and up a global scale each, [E, G], instead of one
+            for both, [E, 1], from the larger of the two. Some kernels take a shared one only:
+            "cute_dsl" always, "trtllm" with an activation that has a limit.
 
     Returns:
         The experts, in the "linear" layout.
@@ -93,37 +104,27 @@ def quantize_experts(
         raise ValueError("gate_bias was given, but gate is None: these experts are not gated")
 
     biases = {"gate_bias": gate_bias, "up_bias": up_bias}
-    if activation_scheme is None:
-        calibrated = input_scale is not None or hidden_scale is not None
-        activation_scheme = "static" if calibrated else "per_token"
     experts = ExpertWeights(
-        w13=_quantize_w13(gate, up, shared_scale),
+        w13=_quantize_w13(gate, up, separate_scales=separate_scales),
         w2=_quantize_each(down),
-        input_scale=_optional("input_scale", input_scale),
-        hidden_scale=_optional("hidden_scale", hidden_scale),
+        w13_input_scale=_optional("w13_input_scale", w13_input_scale),
+        w2_input_scale=_optional("w2_input_scale", w2_input_scale),
         w13_bias=_concatenate_biases(biases, up.shape[:2]),
         w2_bias=_concatenate_biases({"down_bias": down_bias}, down.shape[:2]),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        activation_scheme=activation_scheme,
-        layout="linear",
+        activation_scheme=cast(ActivationScheme, activation_scheme),  # None: from the scales
     )
     check_experts(experts)
-    for name in ("input_scale", "hidden_scale"):
+    for name in ("w13_input_scale", "w2_input_scale"):
         scale = getattr(experts, name)
         if scale is not None and not isinstance(scale, Tracer):
             raise_for(positive_problems(name, np.asarray(scale)))
     return experts
 
 
-def _quantize_w13(gate: Array | None, up: Array, shared_scale: bool) -> Nvfp4Array:
-    if gate is None:
-        one = _quantize_each(up)
+def _quantize_w13(gate: Array | None, up: Array, *, separate_scales: bool) -> Nvfp4Array:
+    if gate is None or not separate_scales:
+        one = _quantize_each(up if gate is None else jnp.concatenate([gate, up], axis=1))
         return dataclasses.replace(one, global_scale=one.global_scale[:, None])
-    if shared_scale:
-        one = _quantize_each(jnp.concatenate([gate, up], axis=1))
-        scales = [one.global_scale] * 2
-        return dataclasses.replace(one, global_scale=jnp.stack(scales, axis=1))
     halves = _quantize_each(gate), _quantize_each(up)
     return Nvfp4Array(
         data=jnp.concatenate([half.data for half in halves], axis=1),
@@ -143,6 +144,75 @@ def _quantize_each(weights: Array) -> Nvfp4Array:
     bits = lax.bitcast_convert_type(weights, jnp.dtype(f"uint{8 * weights.dtype.itemsize}"))
     q = lax.map(one, bits)
     return dataclasses.replace(q, scale=lax.bitcast_convert_type(q.scale, jnp.float8_e4m3fn))
+
+
+class SharedScales(NamedTuple):
+    """What `share_scales` returns.
+
+    Attributes:
+        experts: with `w13.global_scale` [E, 1].
+        relative_l2: how far each expert's dequantised w13 moved, float32 [E]:
+            ``||after - before|| / ||before||``; 0 where its two scales were equal.
+    """
+
+    experts: ExpertWeights
+    relative_l2: Float32[Array, " E"]
+
+
+def share_scales(experts: ExpertWeights) -> SharedScales:
+    """Gives each expert's gate and up one global scale, the larger of its two.
+
+    The half with the smaller scale gets its block scales multiplied by the quotient and rounded to
+    E4M3 again; codes stay as they are. A quotient that is a power of two changes nothing, unless a
+    block scale becomes subnormal. Kernels that take one scale for both halves then serve the layer.
+
+    Args:
+        experts: gated, in any layout.
+
+    Returns:
+        The experts in the same layout, and the error. Experts with a shared scale come back as they
+        are, with errors of 0.
+
+    Raises:
+        TypeError, ValueError: as `check_experts`.
+    """
+    check_experts(experts)
+    if not experts.separate_scales:
+        return SharedScales(experts, jnp.zeros(experts.num_experts, jnp.float32))
+    linear = to_layout(experts, "linear")
+    scale, relative_l2 = _share(linear.w13)
+    shared = Nvfp4Array(
+        linear.w13.data, scale, jnp.max(linear.w13.global_scale, axis=1, keepdims=True)
+    )
+    linear = dataclasses.replace(linear, w13=shared)
+    return SharedScales(to_layout(linear, experts.layout), relative_l2)
+
+
+@jax.jit
+def _share(w13: Nvfp4Array) -> tuple[Float[Array, "E GI H/16"], Float32[Array, " E"]]:
+    """New block scales, and each expert's error; one expert at a time."""
+
+    def one(expert: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        data, bits, global_scale = expert
+        scale = lax.bitcast_convert_type(bits, jnp.float8_e4m3fn).astype(jnp.float32)
+        halves = scale.reshape(global_scale.size, -1)
+        largest = jnp.max(global_scale)
+        quotient = exact_divide(global_scale, jnp.broadcast_to(largest, global_scale.shape))
+        rounded = round_to(halves * quotient[:, None], jnp.float8_e4m3fn)
+        low, high = (n.astype(jnp.float32) for n in doubled_nibbles(data))
+        squares = (low * low + high * high).reshape(*scale.shape, -1).sum(axis=-1)
+        squares = squares.reshape(halves.shape)
+        before = halves * quotient[:, None]
+        moved = jnp.sum(squares * (rounded - before) ** 2)
+        norm = jnp.sum(squares * before**2)
+        error = jnp.where(moved == 0, 0.0, jnp.sqrt(moved / jnp.where(norm == 0, 1.0, norm)))
+        rounded = rounded.reshape(scale.shape).astype(jnp.float8_e4m3fn)
+        return lax.bitcast_convert_type(rounded, jnp.uint8), error
+
+    # As bytes: XLA:CPU widens narrow floats that are sliced, all of them, every time.
+    bits = lax.bitcast_convert_type(w13.scale, jnp.uint8)
+    bits, relative_l2 = lax.map(one, (w13.data, bits, w13.global_scale))
+    return lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), relative_l2
 
 
 def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:

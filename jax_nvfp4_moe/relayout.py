@@ -1,4 +1,4 @@
-"""Brings experts into a kernel's layout and back, and reads single experts out of any layout."""
+"""Moves experts between layouts, and reads single experts out of any layout."""
 
 import dataclasses
 import functools
@@ -11,41 +11,18 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jax_nvfp4_moe import layouts
-from jax_nvfp4_moe._messages import check_name
-from jax_nvfp4_moe.experts import ExpertWeights, check_experts, padded_sizes
+from jax_nvfp4_moe.experts import ExpertWeights, padded_sizes
 from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array
 from jax_nvfp4_moe.layouts import Layout
 
-# The layout in which each implementation reads its weights.
-_LAYOUT_OF: dict[str, Layout] = {
-    "emulation": "linear",
-    "cpu": "linear",
-    "triton": "linear",
-    "trtllm": "trtllm",
-    "cute_dsl": "cute_dsl",
-}
 
-
-def prepare(experts: ExpertWeights, implementation: str) -> ExpertWeights:
-    """Brings experts into the layout that an implementation reads; an exact bijection.
-
-    Padding (zero codes and zero scales), row order and scale swizzle, as `layouts` describes them.
-    Prepared experts still run everywhere: other implementations undo the layout as they read.
+def to_layout(experts: ExpertWeights, layout: Layout) -> ExpertWeights:
+    """Returns the same experts in a layout; an exact bijection, `experts` itself if in it already.
 
     Args:
-        experts: in any layout.
-        implementation: "trtllm", "cute_dsl", or one that reads the linear layout: "emulation",
-            "cpu", "triton".
-
-    Returns:
-        The same experts in that layout; `experts` itself if it already is.
-
-    Raises:
-        ValueError: the name is not one of these.
+        experts: in any layout, checked.
+        layout: "linear", "trtllm" or "cute_dsl".
     """
-    check_experts(experts)
-    check_name("implementation", implementation, _LAYOUT_OF)
-    layout = _LAYOUT_OF[implementation]
     if layout == experts.layout:
         return experts
     return _from_linear(_to_linear(experts), layout)
@@ -142,12 +119,12 @@ def _arranged(
     )
 
 
-def select(experts: ExpertWeights, ids: Int[Array, "*ids"]) -> ExpertWeights:
-    """The experts at `ids`, in the linear layout: what an emulation reads of prepared weights.
+def take_experts(experts: ExpertWeights, ids: Int[Array, "*ids"]) -> ExpertWeights:
+    """Returns the experts at `ids`, in the linear layout, whatever layout they are read from.
 
     Args:
         experts: in any layout, [E, ...].
-        ids: which, each in 0..E-1 (not checked).
+        ids: each in 0..E-1 (not checked).
 
     Returns:
         Experts whose arrays begin with the axes of `ids` in place of E. Scalar activation scales

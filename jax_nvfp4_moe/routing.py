@@ -124,7 +124,10 @@ class Routing:
 
 
 def route(
-    logits: Float[Array, "T E"], routing: Routing, *, bias: Float[Array, " E"] | None = None
+    logits: Float[Array, "T E"],
+    routing: Routing,
+    *,
+    selection_bias: Float[Array, " E"] | None = None,
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
     """Selects k experts for every token and weighs them.
 
@@ -143,8 +146,8 @@ def route(
         row of nothing but -inf selects the first k without a bias, and weighs them NaN if the
         method has a softmax, -inf if it is `topk`, otherwise 0.
       routing: the method and its parameters.
-      bias: DeepSeek's `e_score_correction_bias`, [E], finite, same dtypes; it takes part in the
-        selection only. None means zeros everywhere (the kernel for one group needs an array).
+      selection_bias: DeepSeek's `e_score_correction_bias`, [E], finite, same dtypes; added to the
+        scores for the selection only. None means zeros.
 
     Returns:
       ids: int32 [T, k], best first.
@@ -154,12 +157,19 @@ def route(
       TypeError: `routing` is no Routing, or an array has another dtype.
       ValueError: a shape does not fit, or the method takes no bias.
     """
-    check_routable(logits, routing, bias)
+    check_routable(logits, routing, selection_bias)
+    return select_experts(logits, routing, selection_bias)
+
+
+def select_experts(
+    logits: Float[Array, "T E"], routing: Routing, selection_bias: Float[Array, " E"] | None
+) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
+    """Returns what `route` returns, for arguments that are checked already."""
     method = _METHODS[routing.method]
     scores = method.score(jnp.asarray(logits).astype(jnp.float32))
     ranked = jax.lax.stop_gradient(scores)
-    if bias is not None:
-        ranked = ranked + jnp.asarray(bias).astype(jnp.float32)[None, :]
+    if selection_bias is not None:
+        ranked = ranked + jnp.asarray(selection_bias).astype(jnp.float32)[None, :]
     if routing.n_group > 1:
         ranked = _keep_best_groups(ranked, routing)
     _, ids = jax.lax.top_k(ranked, routing.top_k)
@@ -167,13 +177,13 @@ def route(
     return ids, method.weigh(selected) * routing.scaling_factor
 
 
-def check_routable(logits: Array, routing: Routing, bias: Array | None) -> None:
+def check_routable(logits: Array, routing: Routing, selection_bias: Array | None) -> None:
     """Refuses what `route` refuses."""
     if not isinstance(routing, Routing):
         raise TypeError(f"routing is {described(routing)}, expected Routing(method, top_k, ...)")
     _check_logits(logits, routing)
-    if bias is not None:
-        _check_bias(bias, routing, logits.shape[1])
+    if selection_bias is not None:
+        _check_bias(selection_bias, routing, logits.shape[1])
 
 
 def check_fits(routing: Routing, experts: int, of: str) -> None:
@@ -263,11 +273,12 @@ def _check_logits(logits: Array, routing: Routing) -> None:
 def _check_bias(bias: Array, routing: Routing, experts: int) -> None:
     if not _METHODS[routing.method].corrected:
         raise ValueError(
-            f"bias is given, but only {_CORRECTED} take a selection bias, not method "
+            f"selection_bias is given, but only {_CORRECTED} take one, not method "
             f"{routing.method!r}: a router's additive bias belongs in the logits, logits + bias"
         )
-    _check_dtype("bias", bias)
+    _check_dtype("selection_bias", bias)
     if bias.shape != (experts,):
         raise ValueError(
-            f"bias has shape {bias.shape}, expected ({experts},): one value for each of E experts"
+            f"selection_bias has shape {bias.shape}, expected ({experts},): one value for each of "
+            "E experts"
         )

@@ -1,45 +1,19 @@
-"""Which implementation serves a call, and why the others do not."""
+"""The choice of an implementation, the reasons for it, and weights prepared for one."""
 
 import dataclasses
-from types import MappingProxyType
 
 import jax
 import numpy as np
 
 from jax_nvfp4_moe import devices
-from jax_nvfp4_moe._call_checks import check_flag, check_options
+from jax_nvfp4_moe._call_checks import check_activation, check_routing
 from jax_nvfp4_moe._messages import check_name, described
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
-from jax_nvfp4_moe.implementations.base import Call, Implementation, Numerics, Problem
-from jax_nvfp4_moe.implementations.cpu.implementation import Cpu
-from jax_nvfp4_moe.implementations.cute_dsl.implementation import CuteDsl
-from jax_nvfp4_moe.implementations.emulation import implementation as emulation
-from jax_nvfp4_moe.implementations.triton.implementation import Triton
-from jax_nvfp4_moe.implementations.trtllm import implementation as trtllm
+from jax_nvfp4_moe.implementations import FALLBACK, IMPLEMENTATIONS
+from jax_nvfp4_moe.implementations.base import Call, Implementation, Plan, Problem, shapes_of
+from jax_nvfp4_moe.relayout import to_layout
 from jax_nvfp4_moe.routing import Routing, check_fits
-
-# In order of preference.
-IMPLEMENTATIONS: MappingProxyType[str, Implementation] = MappingProxyType(
-    {
-        "trtllm": trtllm,
-        "cute_dsl": CuteDsl(),
-        "triton": Triton(),
-        "cpu": Cpu(),
-        "emulation": emulation,
-    }
-)
-
-# Devices that an implementation needs, by what their device_kind contains, lower case.
-_NEEDS = MappingProxyType(
-    {
-        "trtllm": ("an SM100 or SM103 GPU", ("b200", "b300")),  # GB200 and GB300 too
-        "cute_dsl": ("an SM100 or SM103 GPU", ("b200", "b300")),
-        "triton": ("an NVIDIA GPU", ("nvidia", "tesla", "quadro")),
-        "cpu": ("a CPU", ("cpu",)),
-        "emulation": ("any device", ("",)),
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +33,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `explain` found; prints as a table.
+    """The result of `explain`; prints as a table.
 
     Attributes:
         device_kind: the device it is about.
@@ -82,48 +56,60 @@ class Report:
         return "\n".join(lines)
 
 
-def select(implementation: str | Cpu | CuteDsl | Triton | None, problem: Problem) -> Implementation:
-    """The implementation of a call.
-
-    Args:
-        implementation: a name, one with options, or None for the first that can serve the problem.
-        problem: what is asked. Whether the implementation is to route by itself does not decide
-            which is chosen: one that would be far slower may be able to.
+def resolve(implementation: str | Implementation | None) -> Implementation | None:
+    """Returns the implementation that an argument means; None leaves the choice open.
 
     Raises:
-        ValueError: no implementation has that name, or no implementation can serve the problem.
-        NotImplementedError: the one that was named cannot, or the one that was chosen cannot route
-            this by itself; the message says why.
+        ValueError: no implementation has that name.
     """
-    hint = "None chooses one that can"
-    if implementation is None:
-        implementation, hint = _first(dataclasses.replace(problem, routing=None)), ""
-    if isinstance(implementation, Cpu | CuteDsl | Triton):
-        name, module = implementation.name, implementation
-    else:
-        check_name("implementation", implementation, IMPLEMENTATIONS, "None or ")
-        name, module = implementation, IMPLEMENTATIONS[implementation]
-    reason = _refusal(name, module, problem)
-    if reason is not None:
-        explained = f"implementation {implementation!r}: {reason}"
-        raise NotImplementedError("; ".join(filter(None, (explained, hint))))
-    return module
+    return None if implementation is None else _named(implementation, "None or ")
 
 
-def _first(problem: Problem) -> str:
-    refusals = {name: _refusal(name, each, problem) for name, each in IMPLEMENTATIONS.items()}
-    for name, refusal in refusals.items():
-        if refusal is None:
-            return name
-    raise ValueError(refusals["emulation"])
+def _named(implementation: object, otherwise: str = "") -> Implementation:
+    if isinstance(implementation, Implementation):
+        return implementation
+    check_name("implementation", implementation, IMPLEMENTATIONS, otherwise)
+    return IMPLEMENTATIONS[str(implementation)]
 
 
-def _refusal(name: str, module: Implementation, problem: Problem) -> str | None:
-    what, kinds = _NEEDS[name]
-    anywhere = isinstance(module, Triton) and module.interpret
-    if not anywhere and not any(kind in problem.device_kind.lower() for kind in kinds):
-        return f"it needs {what}, and this is {problem.device_kind}"
-    return module.unsupported(problem)
+def choose(implementation: str | Implementation | None, problem: Problem) -> Plan:
+    """Returns the plan for a call.
+
+    Args:
+        implementation: a name, an implementation with options, or None for the first one, in order
+            of preference, that can serve the problem.
+        problem: sizes, types and device. Values play no part.
+
+    Raises:
+        ValueError: no implementation has that name.
+        NotImplementedError: the one that was named cannot serve the problem; the message says why.
+    """
+    named = resolve(implementation)
+    if named is None:
+        return next(plan for plan in _plans(problem).values() if isinstance(plan, Plan))
+    plan = _plan_or_reason(named, problem)
+    if isinstance(plan, str):
+        raise NotImplementedError(
+            f"implementation {implementation!r}: {plan}; None chooses one that can"
+        )
+    return plan
+
+
+def fallback(problem: Problem) -> Plan:
+    """Returns the plan of the implementation that serves every problem on every device."""
+    return FALLBACK.plan(dataclasses.replace(problem, routing=None))
+
+
+def _plans(problem: Problem) -> dict[str, Plan | str]:
+    """Every implementation's plan, or the reason why it has none, in order of preference."""
+    return {name: _plan_or_reason(each, problem) for name, each in IMPLEMENTATIONS.items()}
+
+
+def _plan_or_reason(implementation: Implementation, problem: Problem) -> Plan | str:
+    try:
+        return implementation.plan(problem)
+    except NotImplementedError as error:
+        return str(error)
 
 
 def explain(
@@ -132,19 +118,15 @@ def explain(
     *,
     tokens: int,
     activation: str | Activation | None = None,
-    numerics: Numerics = "kernel",
-    route_in_kernel: bool = False,
     device_kind: str | None = None,
 ) -> Report:
-    """Says which implementation a call would run on, and why not on the others.
+    """Returns which implementation a call would run on, and why not on the others.
 
     Args:
         experts: the layer; arrays, or `jax.ShapeDtypeStruct`s as from `jax.eval_shape`.
         routing: how tokens are routed.
         tokens: T.
         activation: of the layer; None means "silu", or "relu2" for experts that are not gated.
-        numerics: as in `nvfp4_moe`.
-        route_in_kernel: as in `nvfp4_moe`.
         device_kind: for example "NVIDIA B200"; None means the device that would be traced for.
 
     Returns:
@@ -152,44 +134,56 @@ def explain(
 
     Raises:
         TypeError: `experts` or `routing` is not of its type.
-        ValueError: `tokens` is negative, `activation` or `routing` does not fit the experts,
-            or no implementation can serve the call.
-        NotImplementedError: the implementation that would run cannot route by itself.
+        ValueError: `tokens` is negative, or `activation` or `routing` does not fit the experts.
     """
     check_experts(experts)
-    if not isinstance(routing, Routing):
-        raise TypeError(
-            f"routing is {described(routing)}, expected Routing, as in "
-            "Routing('renormalize', top_k=8)"
-        )
+    check_routing(routing)
     if isinstance(tokens, bool) or not isinstance(tokens, (int, np.integer)):
-        raise TypeError(f"tokens is {described(tokens)}, expected an int: how many tokens, T")
+        raise TypeError(f"tokens is {described(tokens)}, expected an int: the number of tokens, T")
     if tokens < 0:
         raise ValueError(f"tokens is {tokens}, expected 0 or more")
     check_fits(routing, experts.num_experts, "the layer")
     fitting = Activation.of(activation or ("silu" if experts.gated else "relu2"))
-    check_options(fitting, experts, numerics, False, routing.top_k)
-    call = Call(
-        activation=fitting,
-        numerics=numerics,
-        output_dtype=jax.numpy.dtype("bfloat16"),
-        axis_name=None,
-        router_weight_on_input=False,
-    )
+    check_activation(fitting, experts)
     if device_kind is not None and not isinstance(device_kind, str):
         raise TypeError(
             f"device_kind is {described(device_kind)}, expected a str such as 'NVIDIA B200'"
         )
+    call = Call(
+        activation=fitting,
+        output_dtype=jax.numpy.dtype("bfloat16"),
+        axis_name=None,
+        router_weight_on_input=False,
+    )
     kind = device_kind or devices.current_kind()
-    check_flag("route_in_kernel", route_in_kernel)
-    to_route = routing if route_in_kernel else None
-    problem = Problem(call, experts, tokens, routing.top_k, kind, to_route)
-    chosen = select(None, problem)
+    plans = _plans(Problem(call, shapes_of(experts), int(tokens), routing.top_k, kind))
+    used = next(name for name, plan in plans.items() if isinstance(plan, Plan))
     choices = []
-    for name, module in IMPLEMENTATIONS.items():
-        refusal = _refusal(name, module, problem)
-        if module is chosen:
-            choices.append(Choice(name, True, module.describe(problem)))
+    for name, plan in plans.items():
+        if name == used and isinstance(plan, Plan):
+            choices.append(Choice(name, True, plan.describe()))
         else:
-            choices.append(Choice(name, False, refusal or "an earlier one serves the call"))
+            reason = plan if isinstance(plan, str) else "an earlier one serves the call"
+            choices.append(Choice(name, False, reason))
     return Report(kind, tuple(choices))
+
+
+def prepare(experts: ExpertWeights, implementation: str | Implementation) -> ExpertWeights:
+    """Returns the experts in the layout that an implementation reads; an exact bijection.
+
+    Padding (zero codes and zero scales), row order and scale swizzle, as `layouts` describes them.
+    Prepared experts still run everywhere: other implementations undo the layout as they read.
+
+    Args:
+        experts: in any layout.
+        implementation: a name, such as "trtllm" or "cute_dsl" ("emulation", "cpu" and "triton" read
+            the linear layout), or an implementation with options.
+
+    Returns:
+        The same experts in that layout; `experts` itself if they are in it already.
+
+    Raises:
+        TypeError, ValueError: `experts` is not valid, or no implementation has that name.
+    """
+    check_experts(experts)
+    return to_layout(experts, _named(implementation).layout)

@@ -252,7 +252,7 @@ def swapped_nibbles(experts):
 
 
 def no_hidden_scale(experts):
-    return dataclasses.replace(experts, hidden_scale=jnp.float32(1))
+    return dataclasses.replace(experts, w2_input_scale=jnp.float32(1))
 
 
 def wrong_global_scale(experts):

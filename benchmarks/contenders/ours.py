@@ -27,8 +27,8 @@ def random_experts(layer, scheme):
     return nvm.ExpertWeights(
         w13=matrix("w13", (layer.experts, 2)),
         w2=matrix("w2", (layer.experts,)),
-        input_scale=jnp.float32(layers.INPUT_SCALE) if static else None,
-        hidden_scale=jnp.float32(layers.HIDDEN_SCALE) if static else None,
+        w13_input_scale=jnp.float32(layers.INPUT_SCALE) if static else None,
+        w2_input_scale=jnp.float32(layers.HIDDEN_SCALE) if static else None,
         w13_bias=None,
         w2_bias=None,
         hidden_size=layer.hidden,
@@ -90,7 +90,7 @@ class Emulation(Ours):
             return functools.partial(self.function, numerics="vllm"), self.weights
         unquantised = [
             dataclasses.replace(
-                experts, activation_scheme="none", input_scale=None, hidden_scale=None
+                experts, activation_scheme="none", w13_input_scale=None, w2_input_scale=None
             )
             for (experts,) in self.weights
         ]

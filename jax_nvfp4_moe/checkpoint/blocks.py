@@ -98,16 +98,16 @@ class QuantizedExperts:
         # Scalars first: they are small, and what is wrong with them ends the reading early.
         w13_scale = tensors.scalars(roles, tensors.parts.global_scale)
         w2_scale = tensors.scalars(("down",), tensors.parts.global_scale)[:, 0]
-        input_scale = hidden_scale = None
+        w13_input_scale = w2_input_scale = None
         if self._scheme == "static":
-            input_scale = self._input_scale(tensors.scalars(roles, tensors.parts.input_scale))
+            w13_input_scale = self._input_scale(tensors.scalars(roles, tensors.parts.input_scale))
             down = tensors.scalars(("down",), tensors.parts.input_scale)[:, 0]
-            hidden_scale = self._input_scale(down)
+            w2_input_scale = self._input_scale(down)
         experts = ExpertWeights(
-            w13=self._matrices(roles, self._placed(w13_scale), advance),
+            w13=self._matrices(roles, self._placed(_shared(w13_scale)), advance),
             w2=self._matrices(("down",), self._placed(w2_scale), advance),
-            input_scale=input_scale,
-            hidden_scale=hidden_scale,
+            w13_input_scale=w13_input_scale,
+            w2_input_scale=w2_input_scale,
             w13_bias=self._biases(roles),
             w2_bias=self._biases(("down",)),
             hidden_size=tensors.hidden_size,
@@ -145,6 +145,11 @@ class QuantizedExperts:
     def _biases(self, roles: tuple[str, ...]) -> Array | None:
         biases = self._tensors.biases(roles)
         return None if biases is None else self._placed(biases)
+
+
+def _shared(scale: np.ndarray) -> np.ndarray:
+    """Gate's and up's global scales [E, G] as [E, 1] where all pairs are equal."""
+    return scale[:, :1] if (scale == scale[:, :1]).all() else scale
 
 
 class PlainTensors:

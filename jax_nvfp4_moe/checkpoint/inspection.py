@@ -40,8 +40,8 @@ class LayerReport:
         intermediate_size: I.
         nbytes: what the experts take on disk.
         global_scale: the smallest and the largest decode scale of their weights.
-        input_scale: those of the activations before GEMM1; None where there are none.
-        hidden_scale: before GEMM2, likewise.
+        w13_input_scale: those of the activations before GEMM1; None where there are none.
+        w2_input_scale: before GEMM2, likewise.
         gate_up_differ: experts whose gate and up have different global scales.
         block_scales: how often each E4M3 byte is a block's scale, 256 numbers.
         errors: how many blocks have which error relative to the original, by `ERROR_EDGES`; None
@@ -57,8 +57,8 @@ class LayerReport:
     intermediate_size: int = 0
     nbytes: int = 0
     global_scale: Range | None = None
-    input_scale: Range | None = None
-    hidden_scale: Range | None = None
+    w13_input_scale: Range | None = None
+    w2_input_scale: Range | None = None
     gate_up_differ: int = 0
     block_scales: np.ndarray | None = None
     errors: np.ndarray | None = None
@@ -206,9 +206,9 @@ def _scalars(found: LayerReport, experts: ExpertTensors) -> None:
     if found.scheme != "static" or experts.absent(parts.input_scale):
         return
     experts.check_scalars(parts.input_scale)
-    found.input_scale = _range(experts.scalars(experts.w13_roles, parts.input_scale))
-    found.hidden_scale = _range(experts.scalars(("down",), parts.input_scale))
-    for name in ("input_scale", "hidden_scale"):
+    found.w13_input_scale = _range(experts.scalars(experts.w13_roles, parts.input_scale))
+    found.w2_input_scale = _range(experts.scalars(("down",), parts.input_scale))
+    for name in ("w13_input_scale", "w2_input_scale"):
         low, high = getattr(found, name)
         if high > 16 * low:
             found.notes.append(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 import ml_dtypes
 import numpy as np
+from jaxtyping import Array
 
 from jax_nvfp4_moe._messages import described
 from jax_nvfp4_moe.checkpoint import modelopt
@@ -24,7 +25,7 @@ from jax_nvfp4_moe.checkpoint.writing import (
 )
 from jax_nvfp4_moe.experts import ActivationScheme, ExpertWeights
 from jax_nvfp4_moe.layer import MoeLayer
-from jax_nvfp4_moe.relayout import prepare
+from jax_nvfp4_moe.relayout import to_layout
 
 Tensors = Iterator[tuple[str, np.ndarray]]
 
@@ -141,7 +142,7 @@ def layer_tensors(family: Family, block: str, names: ExpertNames, layer: MoeLaye
 
 def _halves_agree(experts: ExpertWeights) -> bool:
     """Whether gate and up have the same scales, as stacked tensors do."""
-    scales = (experts.w13.global_scale, experts.input_scale)
+    scales = (experts.w13.global_scale, experts.w13_input_scale)
     return all(
         bool((scale == scale[..., :1]).all())
         for scale in scales
@@ -151,7 +152,7 @@ def _halves_agree(experts: ExpertWeights) -> bool:
 
 def expert_tensors(block: str, names: ExpertNames, experts: ExpertWeights) -> Tensors:
     """Experts' tensors in ModelOpt's format: the inverse of `blocks.QuantizedExperts.read`."""
-    roles = _by_role(prepare(experts, "emulation"))
+    roles = _by_role(to_layout(experts, "linear"))
     if names.stacked:
         for name, parts in _stacked(names, roles).items():
             for part, array in parts.items():
@@ -171,11 +172,12 @@ def _by_role(experts: ExpertWeights) -> dict[str, dict[str, np.ndarray]]:
     for half, role in enumerate(roles):
         own = slice(half * rows, (half + 1) * rows)
         bias = None if experts.w13_bias is None else experts.w13_bias[:, own]
-        scale = experts.input_scale
-        scale = scale[:, half] if scale is not None and scale.ndim else scale
-        found[role] = (experts.w13, own, experts.w13.global_scale[:, half], scale, bias)
+        scale = experts.w13_input_scale
+        scale = _of_half(scale, half) if scale is not None and scale.ndim else scale
+        global_scale = _of_half(experts.w13.global_scale, half)
+        found[role] = (experts.w13, own, global_scale, scale, bias)
     w2 = experts.w2
-    found["down"] = (w2, slice(None), w2.global_scale, experts.hidden_scale, experts.w2_bias)
+    found["down"] = (w2, slice(None), w2.global_scale, experts.w2_input_scale, experts.w2_bias)
     each = (experts.num_experts,)
     return {
         role: {
@@ -187,6 +189,11 @@ def _by_role(experts: ExpertWeights) -> dict[str, dict[str, np.ndarray]]:
         }
         for role, (weights, own, global_scale, scale, bias) in found.items()
     }
+
+
+def _of_half(scale: Array, half: int) -> Array:
+    """Gate's (0) or up's (1) scales [E], of [E, 1] or [E, G]."""
+    return scale[:, min(half, scale.shape[1] - 1)]
 
 
 def narrowed(bias: np.ndarray) -> np.ndarray:

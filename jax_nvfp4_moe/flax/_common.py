@@ -138,20 +138,20 @@ class FromWeights:
         router: Router,
         *,
         activation_scheme: ActivationScheme | None = None,
-        input_scale: Float[ArrayLike, "..."] | float | None = None,
-        hidden_scale: Float[ArrayLike, "..."] | float | None = None,
+        w13_input_scale: Float[ArrayLike, "..."] | float | None = None,
+        w2_input_scale: Float[ArrayLike, "..."] | float | None = None,
         **options: Any,
     ) -> Any:
         """Quantises experts and takes them; works under `jax.jit` and `jax.eval_shape` too.
 
         Args:
-            gate: as in `quantize_experts`, as are the others up to `hidden_scale`.
+            gate: as in `quantize_experts`, as are the others up to `w2_input_scale`.
             up: [E, I, H].
             down: [E, H, I].
             router: its weights, and how to route.
             activation_scheme: how activations are quantised.
-            input_scale: calibrated scale of the layer's input.
-            hidden_scale: calibrated scale of the activation's output.
+            w13_input_scale: calibrated scale of the layer's input.
+            w2_input_scale: calibrated scale of the activation's output.
             **options: those of `from_experts`.
 
         Returns:
@@ -161,7 +161,7 @@ class FromWeights:
             TypeError, ValueError: as `quantize_experts` and `from_layer`.
         """
         experts = quantize_experts(
-            gate, up, down, input_scale, hidden_scale, activation_scheme=activation_scheme
+            gate, up, down, w13_input_scale, w2_input_scale, activation_scheme=activation_scheme
         )
         return cls.from_experts(experts, router, **options)
 

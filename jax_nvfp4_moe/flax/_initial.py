@@ -64,8 +64,8 @@ def initial_layer(
     per_expert = (num_experts, intermediate_size, hidden_size)
     experts = quantize_experts(
         *_matrices(experts_key, per_expert, activation, _expert_init, param_dtype),
-        input_scale=one,
-        hidden_scale=one,
+        w13_input_scale=one,
+        w2_input_scale=one,
         activation_scheme=activation_scheme,
     )
     shared = None

@@ -15,10 +15,7 @@ from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ActivationScheme
 from jax_nvfp4_moe.flax import _common
 from jax_nvfp4_moe.flax._initial import abstract_layer, initial_layer
-from jax_nvfp4_moe.implementations.base import Numerics
-from jax_nvfp4_moe.implementations.cpu.implementation import Cpu
-from jax_nvfp4_moe.implementations.cute_dsl.implementation import CuteDsl
-from jax_nvfp4_moe.implementations.triton.implementation import Triton
+from jax_nvfp4_moe.implementations.base import Implementation
 from jax_nvfp4_moe.layer import MoeLayer, check_layer
 from jax_nvfp4_moe.routing import Routing
 
@@ -62,7 +59,6 @@ class Nvfp4MoE(_common.FromWeights, nn.Module):
         router_weight_on_input: as in `nvfp4_moe`.
         param_dtype: of router and shared expert, and of the experts before they are quantised.
         implementation: as in `nvfp4_moe`.
-        numerics: likewise.
         mesh: the devices to split experts over.
         expert_axis: the axis to split them over: of the mesh, or without one any name that
             Flax's axis rules know.
@@ -84,8 +80,7 @@ class Nvfp4MoE(_common.FromWeights, nn.Module):
     selection_bias: bool = False
     router_weight_on_input: bool = False
     param_dtype: Any = jnp.bfloat16
-    implementation: str | Cpu | CuteDsl | Triton | None = None
-    numerics: Numerics = "kernel"
+    implementation: str | Implementation | None = None
     mesh: Mesh | None = None
     expert_axis: str | None = None
     data_axis: str | None = None
@@ -97,7 +92,7 @@ class Nvfp4MoE(_common.FromWeights, nn.Module):
 
         Args:
             layer: with arrays, or with `jax.ShapeDtypeStruct`s to restore a checkpoint into.
-            **options: `implementation`, `numerics`, `mesh`, `expert_axis`, `data_axis`, and `name`.
+            **options: `implementation`, `mesh`, `expert_axis`, `data_axis`, and `name`.
 
         Returns:
             (module, variables), for ``module.apply(variables, x)``.
@@ -179,7 +174,6 @@ class Nvfp4MoE(_common.FromWeights, nn.Module):
             data_axis=self.data_axis,
             axis_name=axis_name,
             implementation=self.implementation,
-            numerics=self.numerics,
             output_dtype=output_dtype,
         )
 

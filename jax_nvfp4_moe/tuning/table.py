@@ -12,7 +12,7 @@ _FILE = "tactics.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class TunedLayer:
     """What a tactic is good for, but for the number of tokens.
 
     Attributes:
@@ -49,7 +49,7 @@ class Measured:
         microseconds: that a call took, the median.
     """
 
-    layer: Layer
+    layer: TunedLayer
     tokens: int
     tactic: Tactic
     microseconds: float
@@ -71,8 +71,8 @@ def read(cache: Path | None = None) -> tuple[Measured, ...]:
 
 
 def _decode(layer: Any, tokens: Any, tactic: Any, microseconds: Any) -> Measured:
-    measured = Measured(Layer(**layer), tokens, Tactic(**tactic), microseconds)
-    types = {field.name: field.type for field in dataclasses.fields(Layer)} | {"tokens": int}
+    measured = Measured(TunedLayer(**layer), tokens, Tactic(**tactic), microseconds)
+    types = {field.name: field.type for field in dataclasses.fields(TunedLayer)} | {"tokens": int}
     for name, value in {**layer, "tokens": tokens}.items():
         if type(value) is not types[name]:
             raise TypeError(f"{name} is {value!r}")
@@ -101,7 +101,7 @@ def add(measured: Iterable[Measured], cache: Path | None = None) -> None:
         write_entries(cache / _FILE, "tactics", table.values())
 
 
-def look_up(layer: Layer, tokens: int, cache: Path | None = None) -> Tactic | None:
+def look_up(layer: TunedLayer, tokens: int, cache: Path | None = None) -> Tactic | None:
     """The tactic that was the fastest, or None if nothing of the layer was measured.
 
     That of the next larger number of tokens that was measured; or, beyond all, of the largest.

@@ -227,7 +227,7 @@ def assert_as_stored(checkpoint, path, kind):
         at = {"gate": np.s_[expert, :rows], "up": np.s_[expert, rows:], "down": np.s_[expert]}[role]
         one = {"gate": np.s_[expert, 0], "up": np.s_[expert, 1], "down": np.s_[expert]}[role]
         matrix = loaded.w2 if role == "down" else loaded.w13
-        inputs = loaded.hidden_scale if role == "down" else loaded.input_scale
+        inputs = loaded.w2_input_scale if role == "down" else loaded.w13_input_scale
         for part, array in ((data, matrix.data), (blocks, matrix.scale)):
             name = name_of(layer, expert, role, part)
             assert raw(array[at]) == tensors[name][2]

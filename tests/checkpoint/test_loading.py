@@ -287,7 +287,7 @@ def test_weight_only(encode, how, scales, tmp_path, rng):
     for layer, wanted in enumerate(written.experts):
         loaded = checkpoint.layers[layer].experts
         assert loaded.activation_scheme == "none"
-        assert (loaded.input_scale, loaded.hidden_scale) == (None, None)
+        assert (loaded.w13_input_scale, loaded.w2_input_scale) == (None, None)
         assert same((loaded.w13, loaded.w2), (wanted.w13, wanted.w2))
 
 
@@ -907,7 +907,7 @@ def test_gate_and_up_have_scales_of_their_own(tmp_path, rng):
     wrong = outputs(load_experts(written.write(tmp_path / "equal"), layer=0))
     assert apart(wrong, right) > 0.5
     first = written.experts[0]
-    largest = {"input_scale": first.input_scale.max(), "hidden_scale": first.hidden_scale.max()}
+    largest = {"input_scale": first.w13_input_scale.max(), "w2_input_scale": first.w2_input_scale.max()}
     assert np.array_equal(right, outputs(dataclasses.replace(first, **largest)))
 
 
@@ -929,8 +929,8 @@ def test_formats_decode_alike(tmp_path, rng):
     assert same((loaded.w13.data, loaded.w13.scale), (right.w13.data, right.w13.scale))
     for got, wanted in [
         (loaded.w13.global_scale, right.w13.global_scale),
-        (loaded.input_scale, right.input_scale),
-        (loaded.hidden_scale, right.hidden_scale),
+        (loaded.w13_input_scale, right.w13_input_scale),
+        (loaded.w2_input_scale, right.w2_input_scale),
     ]:
         np.testing.assert_array_max_ulp(np.asarray(got), np.asarray(wanted), 1)
     right = outputs(load_experts(tmp_path / "modelopt", layer=0))
@@ -1040,8 +1040,8 @@ def test_split_over_devices(encode, input_scale, tmp_path, rng):
         assert same(split.experts, wanted)
     else:
         # Over all experts, wherever the largest one is.
-        assert np.asarray(split.experts.input_scale) == np.asarray(wanted.input_scale).max()
-        assert np.asarray(split.experts.hidden_scale) == np.asarray(wanted.hidden_scale).max()
+        assert np.asarray(split.experts.w13_input_scale) == np.asarray(wanted.w13_input_scale).max()
+        assert np.asarray(split.experts.w2_input_scale) == np.asarray(wanted.w2_input_scale).max()
 
 
 def test_outputs_depend_neither_on_devices_nor_on_kept_scales(tmp_path, rng):

@@ -98,10 +98,10 @@ def test_calibration(rng, tmp_path):
         rows = x[(np.asarray(ids) == expert).any(1)].astype(np.float64)
         a, b = rows @ gate[expert].T, rows @ up[expert].T
         hidden = a / (1 + np.exp(-a)) * b
-        np.testing.assert_allclose(loaded.input_scale[expert], abs(rows).max() / 2688, rtol=1e-6)
-        np.testing.assert_allclose(loaded.hidden_scale[expert], abs(hidden).max() / 2688, rtol=1e-4)
+        np.testing.assert_allclose(loaded.w13_input_scale[expert], abs(rows).max() / 2688, rtol=1e-6)
+        np.testing.assert_allclose(loaded.w2_input_scale[expert], abs(hidden).max() / 2688, rtol=1e-4)
     # Control: scales are those of each expert, not one for all.
-    assert np.unique(np.asarray(loaded.hidden_scale)).size == E
+    assert np.unique(np.asarray(loaded.w2_input_scale)).size == E
 
 
 def test_experts_without_samples_have_the_largest(rng, tmp_path):
@@ -109,7 +109,7 @@ def test_experts_without_samples_have_the_largest(rng, tmp_path):
     x = rng.normal(size=(1, H)).astype(np.float32)  # reaches K = 2 of E = 4 experts
     quantize_checkpoint(tmp_path / "bf16", tmp_path / "nvfp4", calibration={0: x})
     loaded = nvm.load_experts(tmp_path / "nvfp4", layer=0, input_scale="per_expert")
-    hidden = np.sort(np.asarray(loaded.hidden_scale))
+    hidden = np.sort(np.asarray(loaded.w2_input_scale))
     assert (hidden[1:] == hidden[-1]).all()
     assert hidden[0] < hidden[-1]
 

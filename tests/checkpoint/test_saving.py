@@ -101,8 +101,8 @@ def test_convert_there_and_back(directory, tmp_path):
                 same((a.data, a.scale), (b.data, b.scale))
                 np.testing.assert_array_max_ulp(a.global_scale, b.global_scale, 1)
             if first.activation_scheme == "static":
-                np.testing.assert_array_max_ulp(first.input_scale, layer.experts.input_scale, 1)
-                np.testing.assert_array_max_ulp(first.hidden_scale, layer.experts.hidden_scale, 1)
+                np.testing.assert_array_max_ulp(first.w13_input_scale, layer.experts.w13_input_scale, 1)
+                np.testing.assert_array_max_ulp(first.w2_input_scale, layer.experts.w2_input_scale, 1)
     assert set(one.tensors) == set(other.tensors) == set(third.tensors)
 
 
@@ -179,7 +179,7 @@ def test_global_max_is_what_every_expert_gets(checkpoint, tmp_path):
     save_checkpoint(largest, tmp_path / "saved")
     saved = nvm.load_checkpoint(tmp_path / "saved", input_scale="per_expert")
     for number, layer in saved.layers.items():
-        for name in ("input_scale", "hidden_scale"):
+        for name in ("input_scale", "w2_input_scale"):
             scale = getattr(layer.experts, name)
             assert (scale == getattr(checkpoint.layers[number].experts, name).max()).all()
 

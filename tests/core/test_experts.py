@@ -71,8 +71,8 @@ def random_experts(
     return nvm.ExpertWeights(
         w13=weights(gates * intermediate, hidden, (num_experts, gates)),
         w2=weights(hidden, intermediate, (num_experts,)),
-        input_scale=random(num_experts, gates) if static else None,
-        hidden_scale=random(num_experts) if static else None,
+        w13_input_scale=random(num_experts, gates) if static else None,
+        w2_input_scale=random(num_experts) if static else None,
         w13_bias=random(num_experts, gates * intermediate) if biases else None,
         w2_bias=random(num_experts, hidden) if biases else None,
         hidden_size=hidden,
@@ -194,14 +194,14 @@ def test_activation_schemes_and_scales(rng):
     assert build(0.5, 0.25).activation_scheme == "static"
     assert build(0.5, 0.25, activation_scheme="static").activation_scheme == "static"
     scalars = build(np.float32(0.5), 0.25)
-    assert (scalars.input_scale, scalars.hidden_scale) == (0.5, 0.25)
-    assert scalars.input_scale.shape == scalars.hidden_scale.shape == ()
-    assert scalars.input_scale.dtype == scalars.hidden_scale.dtype == jnp.float32
+    assert (scalars.w13_input_scale, scalars.w2_input_scale) == (0.5, 0.25)
+    assert scalars.w13_input_scale.shape == scalars.w2_input_scale.shape == ()
+    assert scalars.w13_input_scale.dtype == scalars.w2_input_scale.dtype == jnp.float32
     per_expert = build(np.full((3, 2), 0.5), jnp.full((3,), 0.25))
-    assert (per_expert.input_scale.shape, per_expert.hidden_scale.shape) == ((3, 2), (3,))
-    assert per_expert.input_scale.dtype == jnp.float32
+    assert (per_expert.w13_input_scale.shape, per_expert.w2_input_scale.shape) == ((3, 2), (3,))
+    assert per_expert.w13_input_scale.dtype == jnp.float32
     plain = nvm.quantize_experts(None, *given[1:], np.full((3, 1), 0.5), 1.0)
-    assert plain.input_scale.shape == (3, 1)
+    assert plain.w13_input_scale.shape == (3, 1)
     for experts in (scalars, per_expert, plain):
         nvm.validate(experts)
 
@@ -287,41 +287,41 @@ NOT_BUILT = {
         lambda: nvm.quantize_experts(None, UP, DOWN, down_bias=UP[:, :, 0]),
         r"bias has shape \(2, 16\), expected \(2, 32\)",
     ),
-    "input_scale alone": (
+    "w13_input_scale alone": (
         lambda: nvm.quantize_experts(GATE, UP, DOWN, 0.5),
-        "experts.hidden_scale is None, expected a float32 scale with activation_scheme='static'",
+        "experts.w2_input_scale is None, expected a float32 scale with activation_scheme='static'",
     ),
     "static without scales": (
         lambda: nvm.quantize_experts(GATE, UP, DOWN, activation_scheme="static"),
-        "experts.input_scale is None.*without calibration use 'per_token'",
+        "experts.w13_input_scale is None.*without calibration use 'per_token'",
     ),
     "a scale for each token": (
         lambda: nvm.quantize_experts(GATE, UP, DOWN, 0.5, 0.5, activation_scheme="per_token"),
-        "experts.input_scale is given, but activation_scheme is 'per_token'",
+        "experts.w13_input_scale is given, but activation_scheme is 'per_token'",
     ),
     "a scale for W4A16": (
-        lambda: nvm.quantize_experts(GATE, UP, DOWN, hidden_scale=0.5, activation_scheme="none"),
-        "experts.hidden_scale is given, but activation_scheme is 'none'",
+        lambda: nvm.quantize_experts(GATE, UP, DOWN, w2_input_scale=0.5, activation_scheme="none"),
+        "experts.w2_input_scale is given, but activation_scheme is 'none'",
     ),
     "a scale each, but not gate and up": (
         lambda: nvm.quantize_experts(GATE, UP, DOWN, np.ones(2), 0.5),
-        r"experts.input_scale has shape \(2,\), expected \(\) or \(2, 2\)",
+        r"experts.w13_input_scale has shape \(2,\), expected \(\) or \(2, 2\)",
     ),
     "hidden scales of gate and up": (
         lambda: nvm.quantize_experts(GATE, UP, DOWN, 0.5, np.ones((2, 2))),
-        r"experts.hidden_scale has shape \(2, 2\), expected \(\) or \(2,\)",
+        r"experts.w2_input_scale has shape \(2, 2\), expected \(\) or \(2,\)",
     ),
     "an unknown scheme": (
         lambda: nvm.quantize_experts(GATE, UP, DOWN, activation_scheme="dynamic"),
         "activation_scheme is 'dynamic', expected one of .*'static', 'per_token', 'none'",
     ),
-    "input_scale of zero": (
+    "w13_input_scale of zero": (
         lambda: nvm.quantize_experts(GATE, UP, DOWN, 0.0, 0.5),
-        "input_scale: 1 of 1 values not finite and positive",
+        "w13_input_scale: 1 of 1 values not finite and positive",
     ),
-    "hidden_scale of NaN": (
+    "w2_input_scale of NaN": (
         lambda: nvm.quantize_experts(GATE, UP, DOWN, 0.5, with_value(np.ones(2), np.nan, 1)),
-        r"hidden_scale: 1 of 2 values not finite and positive.*hidden_scale\[1\]",
+        r"w2_input_scale: 1 of 2 values not finite and positive.*w2_input_scale\[1\]",
     ),
 }
 
@@ -374,7 +374,7 @@ def test_every_layout_and_back(size, rng):
         check_experts(experts)
         nvm.validate(experts)
         # What is not codes or block scales is untouched.
-        for name in ("input_scale", "hidden_scale", "w13_bias", "w2_bias"):
+        for name in ("w13_input_scale", "w2_input_scale", "w13_bias", "w2_bias"):
             assert same(getattr(experts, name), getattr(linear, name))
         assert (experts.hidden_size, experts.intermediate_size) == SIZES[size][0][:2]
         # Padding is zero and nothing is lost: the same bytes, and zeros.
@@ -415,8 +415,8 @@ def golden_experts(data):
     return nvm.ExpertWeights(
         w13=weights("w13", (3, gates)),
         w2=weights("w2", (3,)),
-        input_scale=jnp.asarray(data["asc"][:, :gates]),
-        hidden_scale=jnp.asarray(data["a2"]),
+        w13_input_scale=jnp.asarray(data["asc"][:, :gates]),
+        w2_input_scale=jnp.asarray(data["a2"]),
         w13_bias=None,
         w2_bias=None,
         hidden_size=192,
@@ -509,8 +509,8 @@ def test_select(size, shape, layout, rng):
     got = select(experts, jnp.asarray(ids))
     want = dataclasses.replace(
         jax.tree.map(lambda leaf: np.asarray(leaf)[ids], linear),
-        input_scale=linear.input_scale,  # the layer's
-        hidden_scale=linear.hidden_scale,
+        w13_input_scale=linear.w13_input_scale,  # the layer's
+        w2_input_scale=linear.w2_input_scale,
     )
     assert same(got, want)
     assert got.layout == "linear"
@@ -522,10 +522,10 @@ def test_select(size, shape, layout, rng):
 
 def test_select_keeps_scalar_scales(rng):
     experts = dataclasses.replace(
-        random_experts(rng, biases=False), input_scale=jnp.float32(2), hidden_scale=jnp.float32(3)
+        random_experts(rng, biases=False), w13_input_scale=jnp.float32(2), w2_input_scale=jnp.float32(3)
     )
     got = select(experts, jnp.array([2, 0]))
-    assert (got.input_scale, got.hidden_scale, got.w13_bias) == (2, 3, None)
+    assert (got.w13_input_scale, got.w2_input_scale, got.w13_bias) == (2, 3, None)
     assert same(got.w2.global_scale, experts.w2.global_scale[np.array([2, 0])])
 
 
@@ -599,28 +599,28 @@ UNFIT = [
         r"experts.w2.global_scale has shape \(3, 1\), expected \(3,\)",
     ),
     (
-        "input_scale",
+        "w13_input_scale",
         constantly(None),
         ValueError,
-        "experts.input_scale is None, expected a float32 scale with activation_scheme='static'",
+        "experts.w13_input_scale is None, expected a float32 scale with activation_scheme='static'",
     ),
-    ("hidden_scale", constantly(None), ValueError, "experts.hidden_scale is None, expected"),
+    ("w2_input_scale", constantly(None), ValueError, "experts.w2_input_scale is None, expected"),
     (
         "activation_scheme",
         constantly("per_token"),
         ValueError,
-        "experts.input_scale is given, but activation_scheme is 'per_token', which does not use it",
+        "experts.w13_input_scale is given, but activation_scheme is 'per_token', which does not use it",
     ),
     ("activation_scheme", constantly("dynamic"), ValueError, "activation_scheme is 'dynamic'"),
     ("layout", constantly("row-major"), ValueError, "experts.layout is 'row-major', expected one"),
     ("layout", constantly("trtllm"), ValueError, r"experts.w2.data .* expected \(3, 256, 32\)"),
     (
-        "input_scale",
+        "w13_input_scale",
         lambda a: a[:, 0],
         ValueError,
-        r"experts.input_scale has shape \(3,\), expected \(\) or \(3, 2\)",
+        r"experts.w13_input_scale has shape \(3,\), expected \(\) or \(3, 2\)",
     ),
-    ("hidden_scale", lambda a: a[:2], ValueError, r"experts.hidden_scale has shape \(2,\)"),
+    ("w2_input_scale", lambda a: a[:2], ValueError, r"experts.w2_input_scale has shape \(2,\)"),
     (
         "w13_bias",
         lambda a: a[:, :32],
@@ -682,7 +682,7 @@ INVALID = [
     ("w13.scale", at((1, 2, 3), 0x7F), r"first at w13.scale\[1\]\[2\]\[3\]"),
     *(
         (name, at(-1, value), rf"{name}: \d of \d values not finite and positive \(>= 1.18e-38\)")
-        for name in ("input_scale", "hidden_scale")
+        for name in ("w13_input_scale", "w2_input_scale")
         for value in (0, -0.5, np.nan, np.inf)
     ),
     *(
@@ -708,7 +708,7 @@ def test_all_problems_are_listed_at_once(rng):
     experts = changed(experts, "w13.scale", at((0, 1, 2), 0x7F))
     experts = changed(experts, "w13.scale", at((2, 0, 0), 0x90))
     experts = changed(experts, "w2.global_scale", at(slice(1, 3), -1))
-    experts = changed(experts, "hidden_scale", constantly(jnp.float32(np.inf)))
+    experts = changed(experts, "w2_input_scale", constantly(jnp.float32(np.inf)))
     experts = changed(experts, "w2_bias", at((1, slice(3, 6)), np.nan))
     with pytest.raises(ValueError, match="experts are not valid") as caught:
         nvm.validate(experts)
@@ -717,7 +717,7 @@ def test_all_problems_are_listed_at_once(rng):
         r"w13.scale: 1 of 768 values NaN, the first at w13.scale\[0\]\[1\]\[2\]",
         r"w13.scale: 1 of 768 values negative, the first at w13.scale\[2\]\[0\]\[0\]",
         r"w2.global_scale: 2 of 3 values not finite.*, the first at w2.global_scale\[1\]",
-        r"hidden_scale: 1 of 1 values not finite.*, the first at hidden_scale",
+        r"w2_input_scale: 1 of 1 values not finite.*, the first at w2_input_scale",
         r"w2_bias: 3 of 192 values NaN or infinite, the first at w2_bias\[1\]\[3\]",
     ]
     assert len(problems) == len(wanted)

@@ -96,8 +96,8 @@ def layer(data):
     experts = nvm.ExpertWeights(
         w13=weights("w13", 2),
         w2=weights("w2", 0),
-        input_scale=jnp.asarray(data["a13_scale"]),
-        hidden_scale=jnp.asarray(data["a2_scale"]),
+        w13_input_scale=jnp.asarray(data["a13_scale"]),
+        w2_input_scale=jnp.asarray(data["a2_scale"]),
         w13_bias=None,
         w2_bias=None,
         hidden_size=2 * data["w13"].shape[2],
@@ -156,11 +156,11 @@ def test_every_step(name, golden):
     @jax.jit
     def steps():
         rows = recipe.input_rows(x.astype(jnp.float32), experts)
-        hidden_scale = recipe.hidden_scale(experts)
+        w2_input_scale = recipe.w2_input_scale(experts)
         c1_golden = jnp.asarray(bf16(data["part_c1"])).astype(jnp.float32)
         c2 = _recipes.activate(c1_golden, call.activation, round_to=recipe.rounding)
         c2_golden = jnp.asarray(bf16(data["part_c2"])).astype(jnp.float32)
-        c2q = recipe.requantized(c2_golden, hidden_scale)
+        c2q = recipe.requantized(c2_golden, w2_input_scale)
         own = emulation.select(experts, ids)
         c1 = recipe.rounding(
             _contractions.multiply_reduce(
@@ -200,15 +200,15 @@ MISTAKES = {
     "weights' global scale ignored": lambda e: dataclasses.replace(
         e, w2=dataclasses.replace(e.w2, global_scale=jnp.ones_like(e.w2.global_scale))
     ),
-    "input scale ignored": lambda e: dataclasses.replace(e, input_scale=jnp.float32(1)),
+    "input scale ignored": lambda e: dataclasses.replace(e, w13_input_scale=jnp.float32(1)),
     "input scale of some experts": lambda e: dataclasses.replace(
-        e, input_scale=e.input_scale.min()
+        e, w13_input_scale=e.w13_input_scale.min()
     ),
     "hidden scale of some experts": lambda e: dataclasses.replace(
-        e, hidden_scale=jnp.sort(e.hidden_scale)[-2]
+        e, w2_input_scale=jnp.sort(e.w2_input_scale)[-2]
     ),
     "encode instead of decode scale": lambda e: dataclasses.replace(
-        e, hidden_scale=1 / e.hidden_scale
+        e, w2_input_scale=1 / e.w2_input_scale
     ),
     "scales read as swizzled": lambda e: dataclasses.replace(
         e,

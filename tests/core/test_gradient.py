@@ -92,11 +92,11 @@ def reference(layer, x, weights, *, swap_gate_up=False, quantised=True):
     if layer.case.on_input:
         values = through(values * through(weights, narrowed), narrowed)
         y_weights = jnp.ones_like(weights)
-    c1 = einsum("th,erh->ter", operand(values, experts.input_scale), w13)
+    c1 = einsum("th,erh->ter", operand(values, experts.w13_input_scale), w13)
     hidden = activate(c1 + bias13, layer.activation)
     if scheme == "per_token":
         hidden = through(hidden, lambda v: narrowed(v, ml_dtypes.bfloat16))
-    rows = einsum("tei,ehi->teh", operand(hidden, experts.hidden_scale), w2) + bias2
+    rows = einsum("tei,ehi->teh", operand(hidden, experts.w2_input_scale), w2) + bias2
     hit = (layer.ids[..., None] == np.arange(num)).astype(np.float32)
     return einsum("tk,tke,teh->th", y_weights, hit, rows)
 

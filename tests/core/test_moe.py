@@ -321,10 +321,10 @@ def test_vmap_over_layers(axes, rng):
 
 def test_vmap_over_some_leaves_of_the_experts(rng):
     layer = layer_of(rng)
-    scales = layer.experts.hidden_scale * jnp.asarray([1.0, 0.5], jnp.float32)
+    scales = layer.experts.w2_input_scale * jnp.asarray([1.0, 0.5], jnp.float32)
 
     def call(scale):
-        experts = dataclasses.replace(layer.experts, hidden_scale=scale)
+        experts = dataclasses.replace(layer.experts, w2_input_scale=scale)
         return nvm.nvfp4_moe_routed(*arrays(layer), experts)
 
     got = jax.vmap(call)(scales)
@@ -571,8 +571,8 @@ def uneven(layer):
     ramp = jnp.linspace(0.25, 1, experts.num_experts, dtype=jnp.float32)
     return dataclasses.replace(
         experts,
-        input_scale=experts.input_scale.max() * ramp[:, None] * jnp.asarray([[1.0, 0.5]]),
-        hidden_scale=experts.hidden_scale * ramp,
+        w13_input_scale=experts.w13_input_scale.max() * ramp[:, None] * jnp.asarray([[1.0, 0.5]]),
+        w2_input_scale=experts.w2_input_scale * ramp,
     )
 
 
@@ -597,7 +597,7 @@ def test_split_experts_give_the_same_bits(tokens, devices, check_vma, scheme, nu
     call = jax.jit(split(experts, mesh, check_vma=check_vma, numerics=numerics))
     same(call(x, ids, weights, experts), want)
     if scheme == "static":  # as a device would compute without asking the others
-        alone = dataclasses.replace(experts, input_scale=experts.input_scale[:2].max())
+        alone = dataclasses.replace(experts, w13_input_scale=experts.w13_input_scale[:2].max())
         differs(nvm.nvfp4_moe_routed(x, ids, weights, alone, numerics=numerics), want)
 
 

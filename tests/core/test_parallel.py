@@ -71,10 +71,10 @@ def test_scale_of_another_device_counts(rng):
     """The largest input scale is on one device only; taken per device, the result would change."""
     layer = make_layer(Case(tokens=12), rng)
     arguments = (jnp.asarray(layer.x), jnp.asarray(layer.ids), jnp.asarray(layer.weights))
-    scale = layer.experts.input_scale
+    scale = layer.experts.w13_input_scale
     assert (np.asarray(scale).max(axis=1)[4:] < scale.max()).all()
     want = nvm.nvfp4_moe_routed(*arguments, layer.experts)
-    one_device = dataclasses.replace(layer.experts, input_scale=scale[4:].max())
+    one_device = dataclasses.replace(layer.experts, w13_input_scale=scale[4:].max())
     wrong = nvm.nvfp4_moe_routed(*arguments, one_device)
     assert (np.asarray(wrong) != np.asarray(want)).any()
     mesh = make_mesh("2 experts")

@@ -110,7 +110,7 @@ def test_other_initial_weights():
     relu2 = nnx.eval_shape(lambda: make(shared_intermediate_size=48, **static))
     assert relu2.shared.gate is None
     assert not relu2.layer.experts.gated
-    assert relu2.experts.input_scale.shape == ()
+    assert relu2.experts.w13_input_scale.shape == ()
     biased = nnx.eval_shape(lambda: make(routing=DEEPSEEK, selection_bias=True))
     assert isinstance(biased.router.selection_bias, Frozen)
 

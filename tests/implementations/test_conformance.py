@@ -119,9 +119,9 @@ def test_mistaken_scales_fail(tokens, implementation):
     want, experts = reference(layer), layer.experts
     mistakes = {
         "input scale of one expert": dataclasses.replace(
-            experts, input_scale=experts.input_scale.min()
+            experts, w13_input_scale=experts.w13_input_scale.min()
         ),
-        "no hidden scale": dataclasses.replace(experts, hidden_scale=jnp.float32(1)),
+        "no hidden scale": dataclasses.replace(experts, w2_input_scale=jnp.float32(1)),
         "gate's global scale for up": dataclasses.replace(
             experts,
             w13=dataclasses.replace(

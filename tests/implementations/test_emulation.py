@@ -219,7 +219,7 @@ HIDDEN, INTERMEDIATE = 256, 256
 def compiled(tokens, num_experts, scheme, gradient):
     scales = {}
     if scheme == "static":
-        scales = {"input_scale": jnp.float32(1e-3), "hidden_scale": jnp.float32(1e-3)}
+        scales = {"w13_input_scale": jnp.float32(1e-3), "w2_input_scale": jnp.float32(1e-3)}
 
     def build():
         gate, up = jnp.zeros((2, num_experts, INTERMEDIATE, HIDDEN))

@@ -84,8 +84,8 @@ def test_mistakes_fail(tokens, rng):
         experts.w13, scale=layouts.swizzle_scales(experts.w13.scale)[:, : experts.w13.shape[-2]]
     )
     for wrong in (
-        dataclasses.replace(experts, input_scale=experts.input_scale.min()),
-        dataclasses.replace(experts, hidden_scale=jnp.float32(1)),
+        dataclasses.replace(experts, w13_input_scale=experts.w13_input_scale.min()),
+        dataclasses.replace(experts, w2_input_scale=jnp.float32(1)),
         dataclasses.replace(experts, w13=swizzled),
     ):
         with pytest.raises(pytest.fail.Exception):

@@ -170,8 +170,8 @@ def _experts(tensors, rng, names, encode, static):
     return nvm.ExpertWeights(
         w13=nvm.Nvfp4Array(both(0, np.concatenate), both(1, np.concatenate), both(2, np.stack)),
         w2=nvm.Nvfp4Array(*map(jnp.asarray, loaded["down"][:3])),
-        input_scale=both(3, np.stack) if static else None,
-        hidden_scale=jnp.asarray(loaded["down"][3]) if static else None,
+        w13_input_scale=both(3, np.stack) if static else None,
+        w2_input_scale=jnp.asarray(loaded["down"][3]) if static else None,
         w13_bias=None,
         w2_bias=None,
         hidden_size=H,

@@ -211,13 +211,13 @@ def make_layer(case, rng):
         gates = 2 if activation.gated else 1
         spread = rng.uniform(0.5, 1, (num, gates))
         spread[0, 0] = 1
-        scales["input_scale"] = np.float32(np.abs(x.astype(np.float32)).max(initial=1) / 2688)
-        scales["input_scale"] = (scales["input_scale"] * spread).astype(np.float32)
+        scales["w13_input_scale"] = np.float32(np.abs(x.astype(np.float32)).max(initial=1) / 2688)
+        scales["w13_input_scale"] = (scales["w13_input_scale"] * spread).astype(np.float32)
         c1 = [
             np.einsum("th,eih->tei", x.astype(np.float32), w) for w in (gate, up) if w is not None
         ]
         hidden_values = oracle.activation_fn(activation)(np.concatenate(c1, -1).astype(float))
-        scales["hidden_scale"] = np.float32(np.abs(hidden_values).max(initial=1e-3) / 2688)
+        scales["w2_input_scale"] = np.float32(np.abs(hidden_values).max(initial=1e-3) / 2688)
     if case.biases:
         scales["up_bias"] = normal(num, inter)
         scales["gate_bias"] = normal(num, inter) if activation.gated else None

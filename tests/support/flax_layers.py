@@ -33,7 +33,7 @@ def full_layer(scheme="per_token"):
     gate, up, down = matrices(rng)
     experts = nvm.quantize_experts(gate, up, down, down_bias=normal(rng, E, H))
     if scheme == "static":
-        scales = {"input_scale": jnp.float32(0.01), "hidden_scale": jnp.full(E, 0.02)}
+        scales = {"w13_input_scale": jnp.float32(0.01), "w2_input_scale": jnp.full(E, 0.02)}
         experts = dataclasses.replace(experts, activation_scheme=scheme, **scales)
     router = nvm.Router(
         weight=normal(rng, E, H) / 8,

@@ -29,7 +29,7 @@ down = jnp.asarray(rng.normal(size=(8, 64, 32)), jnp.float32)  # [E, H, I]
 
 experts = nvm.quantize_experts(gate, up, down)
 not_gated = nvm.quantize_experts(None, up, down)
-calibrated = nvm.quantize_experts(gate, up, down, input_scale=0.001, hidden_scale=0.001)
+calibrated = nvm.quantize_experts(gate, up, down, w13_input_scale=0.001, w2_input_scale=0.001)
 stacked = jax.tree.map(lambda *layers: jnp.stack(layers), experts, experts)  # two layers
 
 routing = nvm.Routing("renormalize", top_k=2)
@@ -424,27 +424,27 @@ MISTAKES = (
     Mistake(
         function="quantize_experts",
         title="one activation scale of the two",
-        code="nvm.quantize_experts(gate, up, down, input_scale=0.001)",
+        code="nvm.quantize_experts(gate, up, down, w13_input_scale=0.001)",
         error="ValueError",
         message=(
-            "experts.hidden_scale is None, expected a float32 scale with "
+            "experts.w2_input_scale is None, expected a float32 scale with "
             "activation_scheme='static'; without calibration use 'per_token', or 'none' to "
             "leave activations unquantised"
         ),
-        argument="hidden_scale",
+        argument="w2_input_scale",
         given="None",
         expected="expected a float32 scale",
     ),
     Mistake(
         function="quantize_experts",
         title="an activation scale of 0",
-        code="nvm.quantize_experts(gate, up, down, input_scale=0.0, hidden_scale=0.001)",
+        code="nvm.quantize_experts(gate, up, down, w13_input_scale=0.0, w2_input_scale=0.001)",
         error="ValueError",
         message=(
-            "experts are not valid: input_scale: 1 of 1 values not finite and positive (>= "
-            "1.18e-38), the first at input_scale = 0.0"
+            "experts are not valid: w13_input_scale: 1 of 1 values not finite and positive (>= "
+            "1.18e-38), the first at w13_input_scale = 0.0"
         ),
-        argument="input_scale",
+        argument="w13_input_scale",
         given="0.0",
         expected="finite and positive",
         values=True,
@@ -452,13 +452,13 @@ MISTAKES = (
     Mistake(
         function="quantize_experts",
         title="a negative activation scale",
-        code="nvm.quantize_experts(gate, up, down, input_scale=0.001, hidden_scale=-0.5)",
+        code="nvm.quantize_experts(gate, up, down, w13_input_scale=0.001, w2_input_scale=-0.5)",
         error="ValueError",
         message=(
-            "experts are not valid: hidden_scale: 1 of 1 values not finite and positive (>= "
-            "1.18e-38), the first at hidden_scale = -0.5"
+            "experts are not valid: w2_input_scale: 1 of 1 values not finite and positive (>= "
+            "1.18e-38), the first at w2_input_scale = -0.5"
         ),
-        argument="hidden_scale",
+        argument="w2_input_scale",
         given="-0.5",
         expected="finite and positive",
         values=True,
@@ -469,10 +469,10 @@ MISTAKES = (
         code="nvm.quantize_experts(gate, up, down, 0.001, jnp.ones(8).at[5].set(jnp.nan))",
         error="ValueError",
         message=(
-            "experts are not valid: hidden_scale: 1 of 8 values not finite and positive (>= "
-            "1.18e-38), the first at hidden_scale[5] = nan"
+            "experts are not valid: w2_input_scale: 1 of 8 values not finite and positive (>= "
+            "1.18e-38), the first at w2_input_scale[5] = nan"
         ),
-        argument="hidden_scale",
+        argument="w2_input_scale",
         given="= nan",
         expected="finite and positive",
         values=True,
@@ -482,8 +482,8 @@ MISTAKES = (
         title="input scales without the axis of gate and up",
         code="nvm.quantize_experts(gate, up, down, jnp.ones(8), 0.001)",
         error="ValueError",
-        message="experts.input_scale has shape (8,), expected () or (8, 2)",
-        argument="input_scale",
+        message="experts.w13_input_scale has shape (8,), expected () or (8, 2)",
+        argument="w13_input_scale",
         given="(8,)",
         expected="() or (8, 2)",
     ),
@@ -493,11 +493,11 @@ MISTAKES = (
         code='nvm.quantize_experts(gate, up, down, activation_scheme="static")',
         error="ValueError",
         message=(
-            "experts.input_scale is None, expected a float32 scale with "
+            "experts.w13_input_scale is None, expected a float32 scale with "
             "activation_scheme='static'; without calibration use 'per_token', or 'none' to "
             "leave activations unquantised"
         ),
-        argument="input_scale",
+        argument="w13_input_scale",
         given="None",
         expected="'per_token'",
     ),
@@ -507,10 +507,10 @@ MISTAKES = (
         code='nvm.quantize_experts(gate, up, down, 0.001, 0.001, activation_scheme="per_token")',
         error="ValueError",
         message=(
-            "experts.input_scale is given, but activation_scheme is 'per_token', which does not "
+            "experts.w13_input_scale is given, but activation_scheme is 'per_token', which does not "
             "use it"
         ),
-        argument="input_scale",
+        argument="w13_input_scale",
         given="'per_token'",
         expected="does not use it",
     ),
@@ -532,8 +532,8 @@ MISTAKES = (
         title="a scheme in the place of a scale",
         code='nvm.quantize_experts(gate, up, down, "static")',
         error="TypeError",
-        message="input_scale is 'static', expected an array",
-        argument="input_scale",
+        message="w13_input_scale is 'static', expected an array",
+        argument="w13_input_scale",
         given="'static'",
         expected="expected an array",
     ),
@@ -765,9 +765,9 @@ MISTAKES = (
     Mistake(
         function="validate",
         title="a Python number for a scale",
-        code="nvm.validate(dataclasses.replace(calibrated, input_scale=0.001))",
+        code="nvm.validate(dataclasses.replace(calibrated, w13_input_scale=0.001))",
         error="TypeError",
-        message="experts.input_scale is 0.001, expected a float32 array",
+        message="experts.w13_input_scale is 0.001, expected a float32 array",
         argument="experts",
         given="0.001",
         expected="expected a float32 array",

@@ -201,7 +201,7 @@ def moe(
             if on_input:
                 row = rounded(row * rounded(weights[token, slot], dtype), dtype)
             w13, _, bias13, _ = expert(index)
-            row, _ = operand(row.astype(np.float32), experts.input_scale)
+            row, _ = operand(row.astype(np.float32), experts.w13_input_scale)
             hidden = act(row @ w13.T + bias13)
             nearly = []
             if scheme == "per_token":
@@ -211,8 +211,8 @@ def moe(
                     *rounded_otherwise(hidden, ml_dtypes.bfloat16),
                 )
                 hidden, *nearly = (row.astype(np.float32) for row in both)
-            value, others = operand(hidden, experts.hidden_scale)
-            others += [operand(other, experts.hidden_scale)[0] for other in nearly]
+            value, others = operand(hidden, experts.w2_input_scale)
+            others += [operand(other, experts.w2_input_scale)[0] for other in nearly]
             rows[slot] = second(index, value)
             ties += [(token, slot, second(index, other)) for other in others]
         all_rows.append(rows)

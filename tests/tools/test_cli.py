@@ -68,7 +68,7 @@ def test_inspect_json(sound):
     low, high = layer["global_scale"]
     scales = np.concatenate([np.ravel(experts.w13.global_scale), experts.w2.global_scale])
     assert (low, high) == (scales.min(), scales.max())
-    assert layer["hidden_scale"] == [experts.hidden_scale.min(), experts.hidden_scale.max()]
+    assert layer["w2_input_scale"] == [experts.w2_input_scale.min(), experts.w2_input_scale.max()]
     bits = [np.asarray(q.scale).view(np.uint8).reshape(-1) for q in (experts.w13, experts.w2)]
     np.testing.assert_array_equal(
         layer["block_scales"], np.bincount(np.concatenate(bits), minlength=256)

@@ -115,7 +115,7 @@ def test_control_wrong_activation_scales(reference):
     """Hidden scales 100 times too small saturate, and the perplexity shows it."""
     model = qwen3_moe.load(NVFP4)
     for layer in model.layers:
-        scale = layer.moe.experts.hidden_scale
+        scale = layer.moe.experts.w2_input_scale
         scale.set_value(scale[...] / 100)
     assert perplexity(model) > 1.03 * reference["perplexity"]["w4a4"]
 

@@ -12,33 +12,43 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_nvfp4_moe.activations import activate
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.format import expand_global_scale, round_to
-from jax_nvfp4_moe.implementations.base import Call
+from jax_nvfp4_moe.implementations.base import Call, Numerics
 from jax_nvfp4_moe.implementations.common.contractions import Rows, WeightValues, dot
 from jax_nvfp4_moe.implementations.common.grouping import group, tile_rows
 from jax_nvfp4_moe.implementations.common.recipes import Recipe
-from jax_nvfp4_moe.implementations.emulation.implementation import local_ids, varying_zeros
-from jax_nvfp4_moe.relayout import select
+from jax_nvfp4_moe.implementations.common.sharded import local_ids, varying_zeros
+from jax_nvfp4_moe.relayout import take_experts
 
 
 def backward(
     call: Call,
+    numerics: Numerics,
     x: Float[Array, "T H"],
     topk_ids: Int32[Array, "T K"],
     topk_weights: Float32[Array, "T K"],
     experts: ExpertWeights,
     cotangent: Float[Array, "T H"],
 ) -> tuple[Float[Array, "T H"], Float32[Array, "T K"]]:
-    """Cotangents of `x` and `topk_weights`.
+    """Returns the cotangents of `x` and `topk_weights`.
 
     Experts are decoded one at a time, and the forward pass is computed again for each tile.
 
+    Args:
+        call: the static arguments of the forward call.
+        numerics: the preset of the forward call, whose quantised activations these are.
+        x: tokens.
+        topk_ids: their experts, among all of the layer.
+        topk_weights: their weights.
+        experts: those of this device.
+        cotangent: of the layer's output.
+
     Returns:
-        As `x` and `topk_weights`, in their dtypes.
+        Arrays of the shapes and dtypes of `x` and `topk_weights`.
     """
     tokens, top_k = topk_ids.shape
     if tokens == 0:
         return jnp.zeros_like(x), jnp.zeros_like(topk_weights)
-    recipe = Recipe(call, experts.activation_scheme, x.dtype)
+    recipe = Recipe(call, experts.activation_scheme, x.dtype, numerics)
     values, g = x.astype(jnp.float32), cotangent.astype(jnp.float32)
     on_input = call.router_weight_on_input
     # Rounded as in the forward pass, whose quantised activations these are.
@@ -46,7 +56,7 @@ def backward(
     scaled = round_to(values * factor, x.dtype) if on_input else values
     ids = local_ids(call, topk_ids, experts)
     rows_in = recipe.input_rows(scaled, experts)
-    hidden_scale = recipe.hidden_scale(experts)
+    w2_input_scale = recipe.w2_input_scale(experts)
     pairs, rows_per_tile = tokens * top_k, tile_rows(tokens, top_k, experts.num_experts)
     weights = jnp.ones(pairs, jnp.float32) if on_input else topk_weights.reshape(-1)
     grouping = group(ids, experts.num_experts, rows_per_tile)
@@ -55,13 +65,13 @@ def backward(
         dx, dw = carry
         tile = grouping.tile(index, rows_per_tile)
         token = tile.pair // top_k
-        own = select(experts, tile.expert)
+        own = take_experts(experts, tile.expert)
         w13 = _values(recipe, own, "w13")
         w2 = _values(recipe, own, "w2")
 
         c1 = _product(jax.tree.map(lambda a: a[token], rows_in), w13) + _bias(own.w13_bias)
         hidden, activation_vjp = jax.vjp(lambda c: activate(c, call.activation), c1)
-        rows = _product(recipe.requantized(hidden, hidden_scale), w2) + _bias(own.w2_bias)
+        rows = _product(recipe.requantized(hidden, w2_input_scale), w2) + _bias(own.w2_bias)
 
         dy = g[token]
         dw_tile = jnp.sum(dy * rows, axis=-1)

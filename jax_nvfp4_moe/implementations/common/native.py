@@ -1,18 +1,15 @@
-"""What calls of the Blackwell kernels have in common, whichever they are."""
+"""Steps that all calls of the Blackwell kernels share."""
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.implementations.base import Call
 from jax_nvfp4_moe.implementations.common.recipes import Recipe
-from jax_nvfp4_moe.implementations.emulation.implementation import local_ids
+from jax_nvfp4_moe.implementations.common.sharded import local_ids
 
 
 def run_kernels(
@@ -23,10 +20,10 @@ def run_kernels(
     topk_weights: Float32[Array, "T K"],
     experts: ExpertWeights,
 ) -> Float[Array, "T H"]:
-    """The layer's output, by kernels that know neither meshes nor weighted inputs.
+    """Returns the layer's output, by kernels that know neither meshes nor weighted inputs.
 
     Args:
-        kernels: what computes it from values float32 [T, H], ids int32 [T, K] among this device's
+        kernels: computes it from values float32 [T, H], ids int32 [T, K] among this device's
             experts (others contribute nothing), and their weights float32 [T, K].
         call: what is computed.
         x: tokens.
@@ -41,12 +38,3 @@ def run_kernels(
     if call.axis_name is not None:
         y = lax.psum(y.astype(jnp.float32), call.axis_name)
     return y.astype(call.output_dtype)
-
-
-def in_one_unit(experts: ExpertWeights) -> bool:
-    """Whether an expert's gate and up have one global scale, or nobody can tell before it runs."""
-    scale = experts.w13.global_scale
-    if isinstance(scale, (Tracer, jax.ShapeDtypeStruct)) or not scale.is_fully_addressable:
-        return True
-    values = np.asarray(scale)
-    return bool((values[:, 0] == values[:, -1]).all())

@@ -1,8 +1,7 @@
 """The two presets of the arithmetic, step by step, for any way of multiplying.
 
-A recipe says what is rounded where. How the products are formed (`_contractions`) and which rows
-meet which experts (`emulation`) is not its business: it is handed a `Contract` and the weights of
-the expert or experts at hand, already in the linear layout.
+A recipe defines where values are rounded. It takes the way products are formed as a `Contract`
+(`contractions`), and the weights of the expert or experts at hand in the linear layout.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ from jax_nvfp4_moe.format import (
     round_to,
     scale_for,
 )
-from jax_nvfp4_moe.implementations.base import Call
+from jax_nvfp4_moe.implementations.base import Call, Numerics
 from jax_nvfp4_moe.implementations.common.contractions import Rows, WeightValues
 
 Contract = Callable[[Rows, Nvfp4Array, WeightValues], Array]
@@ -39,25 +38,27 @@ class Recipe:
     """One preset for one layer.
 
     Attributes:
-        call: what is computed.
+        call: the static arguments of the call.
         scheme: the experts' activation scheme.
-        input_dtype: the type of x; in W4A16 and in the "vllm" preset also of what lies between.
+        input_dtype: the type of x; in W4A16 and in the "vllm" preset also of intermediate values.
+        numerics: the preset.
     """
 
     call: Call
     scheme: str
     input_dtype: Any
+    numerics: Numerics = "kernel"
 
     @property
     def row_dtype(self) -> Any:
         """What an expert's output is rounded to before the sum over its token's slots."""
-        native = self.call.numerics == "kernel" and self.scheme != "none"
+        native = self.numerics == "kernel" and self.scheme != "none"
         return jnp.dtype(jnp.bfloat16) if native else self.input_dtype
 
     @property
     def weight_values(self) -> WeightValues:
         """How weights become operands."""
-        return WeightValues(self.row_dtype, folded=self.call.numerics == "vllm")
+        return WeightValues(self.row_dtype, folded=self.numerics == "vllm")
 
     def input_values(
         self, x: Float[Array, "T H"], topk_weights: Float32[Array, "T K"]
@@ -72,14 +73,14 @@ class Recipe:
         """GEMM1's operand."""
         # The barriers keep XLA from quantising a row again for each weight that multiplies it.
         with jax.named_scope("input"):
-            rows = self._operand(x, self.input_scale(experts))
+            rows = self._operand(x, self.w13_input_scale(experts))
             return lax.optimization_barrier(rows)
 
     def expert_rows(
         self,
         x: Rows,
         experts: ExpertWeights,
-        hidden_scale: Float32[Array, ""] | None,
+        w2_input_scale: Float32[Array, ""] | None,
         topk_weights: Float32[Array, "*rows"],
         contract: Contract,
     ) -> Float32[Array, "*rows H"]:
@@ -88,14 +89,14 @@ class Recipe:
         Args:
             x: from `input_rows`, with leading axes that broadcast against `rows`.
             experts: the weights at hand, linear: one expert's, or one set for each row.
-            hidden_scale: from `hidden_scale`.
+            w2_input_scale: from `w2_input_scale`.
             topk_weights: for each row; the "vllm" preset applies them before it rounds.
             contract: forms the products.
 
         Returns:
             float32 rows, rounded to `row_dtype`.
         """
-        folded = self.call.numerics == "vllm"
+        folded = self.numerics == "vllm"
         round_to_input = self.rounding if folded else None
         with jax.named_scope("gemm1"):
             c1 = contract(x, experts.w13, self.weight_values)
@@ -103,7 +104,7 @@ class Recipe:
             c1 = self.rounding(c1) if folded else c1
         with jax.named_scope("hidden"):
             hidden = activate(c1, self.call.activation, round_to=round_to_input)
-            rows = lax.optimization_barrier(self.requantized(hidden, hidden_scale))
+            rows = lax.optimization_barrier(self.requantized(hidden, w2_input_scale))
         with jax.named_scope("gemm2"):
             c2 = contract(rows, experts.w2, self.weight_values)
             c2 = self._scaled(c2, rows, experts.w2, experts.w2_bias)
@@ -112,7 +113,7 @@ class Recipe:
             return round_to(c2, self.row_dtype)
 
     def requantized(
-        self, hidden: Float32[Array, "*rows I"], hidden_scale: Float32[Array, ""] | None
+        self, hidden: Float32[Array, "*rows I"], w2_input_scale: Float32[Array, ""] | None
     ) -> Rows:
         """GEMM2's operand, from the activation's output."""
         if self.scheme == "none":
@@ -121,15 +122,15 @@ class Recipe:
             # The kernels write bfloat16 here and quantise it in a pass of its own
             # (flashinfer-python@0.6.13:data/csrc/trtllm_fused_moe_runner.cu:797-826).
             hidden = round_to(hidden, jnp.bfloat16)
-        return self._operand(hidden, hidden_scale)
+        return self._operand(hidden, w2_input_scale)
 
-    def input_scale(self, experts: ExpertWeights) -> Float32[Array, ""] | None:
+    def w13_input_scale(self, experts: ExpertWeights) -> Float32[Array, ""] | None:
         """The decode scale of GEMM1's activations; None where it is not static."""
-        return self._activation_scale(experts.input_scale)
+        return self._activation_scale(experts.w13_input_scale)
 
-    def hidden_scale(self, experts: ExpertWeights) -> Float32[Array, ""] | None:
+    def w2_input_scale(self, experts: ExpertWeights) -> Float32[Array, ""] | None:
         """The decode scale of GEMM2's activations; None where it is not static."""
-        return self._activation_scale(experts.hidden_scale)
+        return self._activation_scale(experts.w2_input_scale)
 
     def combine(
         self, rows: Float32[Array, "T K H"], topk_weights: Float32[Array, "T K"]
@@ -138,7 +139,7 @@ class Recipe:
         total = jnp.zeros_like(rows[:, 0])
         for slot in range(rows.shape[1]):
             row = rows[:, slot]
-            weighted = self.call.numerics == "vllm" or self.call.router_weight_on_input
+            weighted = self.numerics == "vllm" or self.call.router_weight_on_input
             total = total + (row if weighted else row * topk_weights[:, slot, None])
         return total
 
@@ -161,7 +162,7 @@ class Recipe:
             scale = lax.optimization_barrier(scale_for(largest_magnitude(x, keepdims=True)))
         assert scale is not None  # check_experts
         rows = self.quantize_at(x, reciprocal(scale))
-        if self.call.numerics == "vllm":
+        if self.numerics == "vllm":
             return rows
         return rows._replace(global_scale=jnp.broadcast_to(scale, (*x.shape[:-1], 1)))
 
@@ -173,7 +174,7 @@ class Recipe:
             without a global scale.
         """
         codes, block_scale = quantize_blocks(x, encode if encode.ndim == 0 else encode[..., 0])
-        if self.call.numerics == "vllm":
+        if self.numerics == "vllm":
             step = exact_divide(block_scale, jnp.broadcast_to(encode, block_scale.shape))
             blocks = 0.5 * doubled_codes(codes).astype(jnp.float32).reshape(*step.shape, BLOCK_SIZE)
             values = self.rounding((blocks * step[..., None]).reshape(x.shape))
@@ -185,11 +186,24 @@ class Recipe:
 
     def _scaled(self, sums: Array, rows: Rows, weights: Nvfp4Array, bias: Array | None) -> Array:
         """Applies the global scales that the products left out, then the bias."""
-        if self.call.numerics == "kernel":
+        if self.numerics == "kernel":
             scale = expand_global_scale(weights.global_scale, weights.data.shape[:-1])
             scale = _lift(jnp.broadcast_to(scale, weights.data.shape[:-1]), sums.ndim)
             sums = sums * (scale if rows.global_scale is None else scale * rows.global_scale)
         return sums if bias is None else sums + _lift(bias, sums.ndim)
+
+
+def combined(
+    recipe: Recipe, rows: Float[Array, "T K H"], topk_weights: Float32[Array, "T K"]
+) -> Float[Array, "T H"]:
+    """Returns the layer's output from every pair's row; rows of other devices' experts are zero."""
+    call = recipe.call
+    if call.axis_name is not None:
+        # Each row is zero on all devices but one, so this sum is exact and keeps the slot order.
+        rows = lax.psum(rows, call.axis_name)
+    with jax.named_scope("combine"):
+        total = recipe.combine(rows.astype(jnp.float32), topk_weights)
+        return round_to(total, call.output_dtype).astype(call.output_dtype)
 
 
 def _lift(array: Array, ndim: int) -> Array:

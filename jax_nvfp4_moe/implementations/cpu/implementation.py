@@ -1,11 +1,10 @@
-"""Native kernels for CPUs: the "kernel" preset's arithmetic on packed weights, near memory speed.
+"""The implementation "cpu": the "kernel" preset's arithmetic on packed weights, in C++.
 
-The C++ is in `ffi/cpu`. Weights are read as they are, in any layout, once for each call.
+The C++ is in `ffi/cpu`. It reads weights as they are stored, in any layout, once for each call.
 """
 
 import dataclasses
-import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +16,24 @@ from jax_nvfp4_moe._messages import check_name
 from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.format import Nvfp4Array, expand_global_scale, round_to
-from jax_nvfp4_moe.implementations.base import Call, Problem
+from jax_nvfp4_moe.implementations.base import Call, Implementation, Plan, Problem, Routed
 from jax_nvfp4_moe.implementations.common.recipes import Recipe
-from jax_nvfp4_moe.implementations.emulation import implementation as emulation
+from jax_nvfp4_moe.implementations.common.reports import packed_reads
+from jax_nvfp4_moe.implementations.common.sharded import local_ids, varying_zeros
 from jax_nvfp4_moe.relayout import row_orders
-from jax_nvfp4_moe.routing import Routing, route
 
 LEVELS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable")
 
 
 @dataclasses.dataclass(frozen=True)
-class Cpu:
-    """The implementation "cpu" with options: `implementation` takes one instead of the name.
+class Cpu(Implementation):
+    """The implementation "cpu": C++ kernels for x86-64 and aarch64.
 
     Attributes:
-        level: the instructions to use, one of "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2"
-            and "portable". None, as users want it, means the best that the machine has, found where
-            the call runs. Each gives the same result however many threads there are; two levels
-            add in another order.
+        level: the instructions to use: "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2" or
+            "portable". None, the usual choice, means the best that the machine has, found where the
+            call runs. A level gives the same bits with any number of threads; two levels accumulate
+            in different orders.
 
     Raises:
         TypeError, ValueError: not the name of a level.
@@ -42,82 +41,59 @@ class Cpu:
 
     level: str | None = None
 
+    name: ClassVar[str] = "cpu"
+    needs: ClassVar[str] = "a CPU"
+    device_words: ClassVar[tuple[str, ...]] = ("cpu",)
+
     def __post_init__(self) -> None:
         if self.level is not None:
             check_name("level", self.level, LEVELS, "None or ")
 
-    @property
-    def name(self) -> str:
-        """What `implementation` calls it."""
-        return "cpu"
-
-    def unsupported(self, problem: Problem) -> str | None:
-        """Why the kernels cannot serve the problem, or None if they can."""
-        if problem.call.numerics != "kernel":
-            return f"numerics={problem.call.numerics!r}: it has those of 'kernel' only"
+    def _plan(self, problem: Problem) -> "CpuPlan":
         if (reason := library.unavailable()) is not None:
-            return reason
+            raise NotImplementedError(reason)
         levels = library.cpu_levels()
         if self.level is not None and not levels.get(self.level, False):
             state = "this machine lacks it" if self.level in levels else "not compiled in"
             has = ", ".join(name for name, there in levels.items() if there)
-            return f"level {self.level!r}: {state}; there are {has}"
-        return None
+            raise NotImplementedError(f"level {self.level!r}: {state}; there are {has}")
+        return CpuPlan(self, problem)
 
-    def describe(self, problem: Problem) -> str:
-        """The instructions it would use, and the packed bytes it reads."""
-        levels = library.cpu_levels()
-        level = self.level or next(name for name, there in levels.items() if there)
-        return f"{level}; {emulation.packed_reads(problem)}"
+
+@dataclasses.dataclass(frozen=True)
+class CpuPlan(Plan):
+    """The layer as one custom call of the library."""
+
+    implementation: Cpu
+
+    @property
+    def platform(self) -> str:
+        """The platform of the custom call."""
+        return "cpu"
+
+    def describe(self) -> str:
+        """Returns the instructions that it would use, and the packed bytes that it reads."""
+        best = next(name for name, there in library.cpu_levels().items() if there)
+        return f"{self.implementation.level or best}; {packed_reads(self.problem)}"
 
     def run(
-        self,
-        call: Call,
-        x: Float[Array, "T H"],
-        topk_ids: Int32[Array, "T K"],
-        topk_weights: Float32[Array, "T K"],
-        experts: ExpertWeights,
+        self, x: Float[Array, "T H"], routed: Routed, experts: ExpertWeights
     ) -> Float[Array, "T H"]:
-        """The layer's output. A program that is lowered for another platform too emulates there."""
-        if x.shape[0] == 0:
-            return jnp.zeros(x.shape, call.output_dtype)
-        return lax.platform_dependent(
-            x,
-            topk_ids,
-            topk_weights,
-            experts,
-            cpu=functools.partial(self._run, call),
-            default=functools.partial(emulation.run, call),
-        )
-
-    def _run(
-        self, call: Call, x: Array, topk_ids: Array, topk_weights: Array, experts: ExpertWeights
-    ) -> Array:
+        """Returns the layer's output."""
+        call, (topk_ids, topk_weights) = self.problem.call, routed
         recipe = Recipe(call, experts.activation_scheme, x.dtype)
-        ids = emulation.local_ids(call, topk_ids, experts)
-        # The kernels read and write bfloat16 too. Other types they see as float32.
+        ids = local_ids(call, topk_ids, experts)
+        # The kernels read and write bfloat16 too. Other types reach them as float32.
         plain = x.dtype == jnp.bfloat16 and not call.router_weight_on_input
         values = x if plain else recipe.input_values(x, topk_weights)
         result = self._layer(recipe, values, ids, topk_weights, experts)
         if call.axis_name is not None:
-            # Each row is zero on all devices but one, so this sum is exact, and the kernel adds the
-            # slots as it does where it has all experts.
+            # Each row is zero on all devices but one, so this sum is exact, and the kernel
+            # accumulates the slots as it does where it has all experts.
             result = self._combine(recipe, lax.psum(result, call.axis_name), topk_weights)
         if result.dtype != call.output_dtype:
             result = round_to(result, call.output_dtype).astype(call.output_dtype)
         return result
-
-    def run_from_logits(
-        self,
-        call: Call,
-        routing: Routing,
-        x: Float[Array, "T H"],
-        logits: Float[Array, "T E"],
-        bias: Float[Array, " E"] | None,
-        experts: ExpertWeights,
-    ) -> Float[Array, "T H"]:
-        """The layer's output; there is no faster way to route than `route`."""
-        return self.run(call, x, *route(logits, routing, bias=bias), experts)
 
     def _layer(
         self,
@@ -127,7 +103,7 @@ class Cpu:
         weights: Float32[Array, "T K"],
         experts: ExpertWeights,
     ) -> Float[Array, "..."]:
-        """The weighted sum [T, H]; with experts on several devices, all rows [T, K, H], float32."""
+        """The weighted sum [T, H], or with experts on several devices all rows [T, K, H]."""
         # Inside shard_map the result varies over every mesh axis that an operand varies over.
         sources = values, ids, weights, experts
         if recipe.call.axis_name is None:
@@ -136,7 +112,7 @@ class Cpu:
             shape, dtype = (*ids.shape, values.shape[-1]), jnp.dtype(jnp.float32)
         return self._call(
             library.CPU_LAYER,
-            jax.typeof(emulation.varying_zeros((), dtype, *sources)).update(shape=shape),
+            jax.typeof(varying_zeros((), dtype, *sources)).update(shape=shape),
             operands(recipe, *sources),
             attributes(recipe, experts),
         )
@@ -144,7 +120,7 @@ class Cpu:
     def _combine(
         self, recipe: Recipe, rows: Float32[Array, "T K H"], weights: Float32[Array, "T K"]
     ) -> Float[Array, "T H"]:
-        varying = jax.typeof(emulation.varying_zeros((), _sum_dtype(recipe.call), rows, weights))
+        varying = jax.typeof(varying_zeros((), _sum_dtype(recipe.call), rows, weights))
         return self._call(
             library.CPU_COMBINE,
             varying.update(shape=(rows.shape[0], rows.shape[2])),
@@ -156,11 +132,13 @@ class Cpu:
         self, target: str, result: Any, arrays: tuple[Array, ...], options: dict[str, Any]
     ) -> Array:
         library.register_cpu_targets()
-        return jax.ffi.ffi_call(target, result)(*arrays, level=self.level or "", **options)
+        return jax.ffi.ffi_call(target, result)(
+            *arrays, level=self.implementation.level or "", **options
+        )
 
 
 def _sum_dtype(call: Call) -> Any:
-    """What the kernels write sums in."""
+    """The type in which the kernels write sums."""
     return jnp.dtype(jnp.bfloat16 if call.output_dtype == jnp.bfloat16 else jnp.float32)
 
 
@@ -171,7 +149,7 @@ def operands(
     weights: Float32[Array, "T K"],
     experts: ExpertWeights,
 ) -> tuple[Array, ...]:
-    """What the kernel is given, in the order of `ffi/cpu/handler.cc`."""
+    """Returns the kernel's operands, in the order of `ffi/cpu/handler.cc`."""
     order13, order2 = (
         np.zeros(0, np.int32) if order is None else order for order in row_orders(experts)
     )
@@ -183,13 +161,13 @@ def operands(
         _array_or(experts.w13_bias, np.zeros(0)),
         *_matrix(experts.w2, order2, (experts.num_experts,)),
         _array_or(experts.w2_bias, np.zeros(0)),
-        _array_or(recipe.input_scale(experts), 1.0),
-        _array_or(recipe.hidden_scale(experts), 1.0),
+        _array_or(recipe.w13_input_scale(experts), 1.0),
+        _array_or(recipe.w2_input_scale(experts), 1.0),
     )
 
 
 def attributes(recipe: Recipe, experts: ExpertWeights) -> dict[str, Any]:
-    """What the kernel is told, but for its level."""
+    """Returns the kernel's attributes, all but its level."""
     activation = recipe.call.activation
     parameters = {name: getattr(activation, name) for name in ("alpha", "beta", "limit")}
     return {

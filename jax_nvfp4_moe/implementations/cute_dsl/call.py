@@ -28,18 +28,18 @@ from jax_nvfp4_moe.implementations.cute_dsl.sort import (
     rows_of_pairs,
 )
 from jax_nvfp4_moe.layouts import swizzle_scales
-from jax_nvfp4_moe.relayout import prepare
+from jax_nvfp4_moe.relayout import to_layout
 
 
 @dataclasses.dataclass(frozen=True)
-class Callee:
-    """Whose functions are called.
+class Functions:
+    """The pair of compiled functions that a plan calls.
 
     Attributes:
-        module: the name under which the bridge knows the module that has them.
-        arch: which of its functions: those compiled for this, as in "10.0a".
-        variant: likewise, those that compute this; it fits the call and the experts.
-        tactic: likewise; its tiles fit the experts' padded sizes.
+        module: the name under which the bridge knows their module.
+        arch: the architecture that they are compiled for, as in "10.0a".
+        variant: the arithmetic that they compute; it fits the call and the experts.
+        tactic: their tiles, which divide the experts' padded sizes.
     """
 
     module: str
@@ -48,55 +48,55 @@ class Callee:
     tactic: cute_dsl.Tactic
 
     @property
-    def functions(self) -> tuple[str, str]:
+    def names(self) -> tuple[str, str]:
         """The names of both."""
         key = self.variant, self.tactic, self.arch
         return cute_dsl.gemm1(*key), cute_dsl.gemm2(*key)
 
     def gemm1(self, **values: Argument) -> tuple[Array, ...]:
-        """What the first GEMM writes, of its arguments."""
+        """Calls the first GEMM, and returns its outputs."""
         arguments = cute_dsl.ordered(cute_dsl.gemm1_parameters(self.variant), values)
-        return bridge_call(self.module, self.functions[0], arguments, workspace=0)
+        return bridge_call(self.module, self.names[0], arguments, workspace=0)
 
     def gemm2(self, **values: Argument) -> tuple[Array, ...]:
-        """What the second writes."""
+        """Calls the second GEMM, and returns its outputs."""
         arguments = cute_dsl.ordered(cute_dsl.gemm2_parameters(self.variant), values)
-        return bridge_call(self.module, self.functions[1], arguments, workspace=0)
+        return bridge_call(self.module, self.names[1], arguments, workspace=0)
 
 
-def run_on(
-    callee: Callee,
+def run_routed(
+    functions: Functions,
     call: Call,
     x: Float[Array, "T H"],
     topk_ids: Int32[Array, "T K"],
     topk_weights: Float32[Array, "T K"],
     experts: ExpertWeights,
 ) -> Float[Array, "T H"]:
-    """The layer's output.
+    """Returns the layer's output.
 
     Args:
-        callee: whose functions are called.
-        call: what is computed.
+        functions: the compiled functions to call.
+        call: the static arguments.
         x: tokens.
-        topk_ids: of all experts.
+        topk_ids: among all experts.
         topk_weights: their weights.
         experts: those of this device; in another layout than "cute_dsl" they are rearranged here.
     """
-    layer = _Layer(callee, call, prepare(experts, "cute_dsl"))
-    return run_kernels(layer.run, call, x, topk_ids, topk_weights, experts)
+    kernels = _Kernels(functions, call, to_layout(experts, "cute_dsl"))
+    return run_kernels(kernels.run, call, x, topk_ids, topk_weights, experts)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layer:
-    """A call's parts.
+class _Kernels:
+    """The two launches of a call.
 
     Attributes:
-        callee: whose functions are called.
-        call: what is computed.
+        functions: the compiled functions to call.
+        call: the static arguments.
         experts: in the layout "cute_dsl".
     """
 
-    callee: Callee
+    functions: Functions
     call: Call
     experts: ExpertWeights
 
@@ -121,13 +121,13 @@ class _Layer:
         experts = self.experts
         padding = experts.w2.shape[-2] - experts.hidden_size
         values = jnp.pad(values, ((0, 0), (0, padding)))
-        permutation = moe_sort(ids, experts.num_experts, self.callee.tactic.tile)
-        if self.callee.variant.scheme == "none":
+        permutation = moe_sort(ids, experts.num_experts, self.functions.tactic.tile)
+        if self.functions.variant.scheme == "none":
             y = self._unquantized(values, permutation, weights)
         else:
             hidden = self._first(values, permutation, ids.shape[1])
             y = self._second(hidden, permutation, weights)
-        if not self.callee.variant.finalize:
+        if not self.functions.variant.finalize:
             # Rows of others' experts were not written.
             here = (ids >= 0) & (ids < experts.num_experts)
             rows = jnp.where(here[..., None], y, 0)
@@ -144,15 +144,15 @@ class _Layer:
         experts = self.experts
         rows = permutation.permuted_idx_to_expanded_idx.size
         hidden_size, columns = experts.w2.shape[-2:]
-        (hidden,) = self.callee.gemm1(
+        (hidden,) = self.functions.gemm1(
             hidden_states=values.astype(jnp.bfloat16)[permutation.token_ids(weights.shape[1])],
             w1=experts.w13.data,
             w1_scale=experts.w13.scale,
-            alpha=_gate_and_up(experts),
+            alpha=experts.w13.global_scale[:, 0],
             out=Output((rows, columns), jnp.bfloat16),
             **_tiles(permutation),
         )
-        (y,) = self.callee.gemm2(
+        (y,) = self.functions.gemm2(
             a=hidden,
             w2=experts.w2.data,
             w2_scale=experts.w2.scale,
@@ -170,30 +170,30 @@ class _Layer:
         experts = self.experts
         rows = permutation.permuted_idx_to_expanded_idx.size
         columns = experts.w2.shape[-1]
-        input_scale, hidden_scale = self._static_scales()
-        x = quantize(values, per="row") if self.own_scales else quantize(values, input_scale)
+        w13_input_scale, w2_input_scale = self._static_scales()
+        x = quantize(values, per="row") if self.own_scales else quantize(values, w13_input_scale)
         common: dict[str, Argument] = {
             "hidden_states": x.data,
             "hidden_states_scale": x.scale,
             "w1": experts.w13.data,
             "w1_scale": experts.w13.scale,
-            "alpha": _gate_and_up(experts) * input_scale,
+            "alpha": experts.w13.global_scale[:, 0] * w13_input_scale,
             "token_ids": permutation.token_ids(top_k),
             **_tiles(permutation),
         }
         if self.own_scales:
             out = Output((rows, columns), jnp.bfloat16)
-            (written,) = self.callee.gemm1(**common, per_token_scales=x.global_scale, out=out)
+            (written,) = self.functions.gemm1(**common, per_token_scales=x.global_scale, out=out)
             hidden = quantize(written, per="row")
             return dataclasses.replace(hidden, scale=swizzle_scales(hidden.scale))
-        data, block_scale = self.callee.gemm1(
+        data, block_scale = self.functions.gemm1(
             **common,
-            fc2_input_scale=reciprocal(hidden_scale).reshape(1),
+            fc2_input_scale=reciprocal(w2_input_scale).reshape(1),
             out=Output((rows, columns // 2), jnp.uint8),
             # In tiles of 128 rows and 4 columns.
             out_scale=Output((rows, columns // BLOCK_SIZE), jnp.float8_e4m3fn),
         )
-        return Nvfp4Array(data, block_scale, hidden_scale)
+        return Nvfp4Array(data, block_scale, w2_input_scale)
 
     def _second(
         self, hidden: Nvfp4Array, permutation: Permutation, weights: Float32[Array, "T K"]
@@ -201,22 +201,22 @@ class _Layer:
         """The output [T, H], or rows [T, K, H]."""
         experts = self.experts
         columns = experts.w2.shape[-2]
-        _, hidden_scale = self._static_scales()
+        _, w2_input_scale = self._static_scales()
         own: dict[str, Argument] = {}
         if self.own_scales:
             own = {"per_row_scales": hidden.global_scale}
-        (y,) = self.callee.gemm2(
+        (y,) = self.functions.gemm2(
             a=hidden.data,
             a_scale=hidden.scale,
             w2=experts.w2.data,
             w2_scale=experts.w2.scale,
-            alpha=experts.w2.global_scale * hidden_scale,
+            alpha=experts.w2.global_scale * w2_input_scale,
             permuted_idx_to_expanded_idx=permutation.permuted_idx_to_expanded_idx,
             token_final_scales=weights,
             output=(
                 # The kernel adds to what is there.
                 InOut(jnp.zeros((len(weights), columns), jnp.bfloat16))
-                if self.callee.variant.finalize
+                if self.functions.variant.finalize
                 else Output((*weights.shape, columns), jnp.bfloat16)
             ),
             **_tiles(permutation),
@@ -228,10 +228,10 @@ class _Layer:
         """Of the input and of what lies between: 1 beside those that rows have of their own."""
         if self.own_scales:
             return jnp.float32(1), jnp.float32(1)
-        input_scale = self.recipe.input_scale(self.experts)
-        hidden_scale = self.recipe.hidden_scale(self.experts)
-        assert input_scale is not None and hidden_scale is not None  # check_experts
-        return input_scale, hidden_scale
+        w13_input_scale = self.recipe.w13_input_scale(self.experts)
+        w2_input_scale = self.recipe.w2_input_scale(self.experts)
+        assert w13_input_scale is not None and w2_input_scale is not None  # check_experts
+        return w13_input_scale, w2_input_scale
 
 
 def _tiles(permutation: Permutation) -> dict[str, Argument]:
@@ -240,10 +240,3 @@ def _tiles(permutation: Permutation) -> dict[str, Argument]:
         "tile_idx_to_mn_limit": permutation.tile_idx_to_mn_limit,
         "num_non_exiting_tiles": permutation.num_non_exiting_tiles,
     }
-
-
-def _gate_and_up(experts: ExpertWeights) -> Float32[Array, " E"]:
-    """The global scale of w13, of which the kernel takes one for gate and up."""
-    scale = experts.w13.global_scale
-    # Inside jit nobody can be told: a result of NaN is seen, one of wrong numbers is not.
-    return jnp.where(scale[:, 0] == scale[:, -1], scale[:, 0], jnp.nan)

@@ -1,36 +1,36 @@
-"""FlashInfer's CuTe-DSL kernels, as behind `cute_dsl_fused_moe_nvfp4`, on SM100 and SM103.
+"""The implementation "cute_dsl": FlashInfer's `cute_dsl_fused_moe_nvfp4` on SM100 and SM103.
 
-What they serve, and the calls as the other implementations have them. `_cute_dsl_call` says what
-the two kernels are given, `_cute_dsl_sort` in which order.
+This module says what the two kernels serve, and with which tactic. `call` makes their arguments,
+`sort` the order of their rows.
 """
 
 import dataclasses
-from functools import partial
+from typing import ClassVar
 
-from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float
 
 from jax_nvfp4_moe import devices
+from jax_nvfp4_moe._call_checks import check_flag
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.bridge import cute_dsl
 from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, W4A16_EXPERTS, Tactic, Variant
 from jax_nvfp4_moe.bridge.manifest import Module
 from jax_nvfp4_moe.experts import ExpertWeights, padded_sizes
-from jax_nvfp4_moe.implementations.base import Call, Problem
-from jax_nvfp4_moe.implementations.common.modules import (
-    described,
-    find,
-    first_that_holds,
-    make_ready,
-    rearranged,
+from jax_nvfp4_moe.implementations.base import (
+    Call,
+    Implementation,
+    Plan,
+    Problem,
+    Routed,
+    first_reason,
 )
-from jax_nvfp4_moe.implementations.common.native import in_one_unit
-from jax_nvfp4_moe.implementations.cute_dsl.call import Callee, run_on
-from jax_nvfp4_moe.implementations.emulation import implementation as emulation
-from jax_nvfp4_moe.routing import Routing, route
-from jax_nvfp4_moe.tuning import Layer, look_up
+from jax_nvfp4_moe.implementations.common.modules import describe_module, find, make_ready
+from jax_nvfp4_moe.implementations.common.reports import rearranged
+from jax_nvfp4_moe.implementations.cute_dsl.call import Functions, run_routed
+from jax_nvfp4_moe.layouts import Layout
+from jax_nvfp4_moe.tuning import TunedLayer, look_up
 
-# How far each version is believed: docs/bridge.md has the five steps.
+# Each version's rung of the evidence ladder: docs/bridge.md has the five.
 _EVIDENCE = {
     "0.6.13": "evidence 3 of 5: its launches were recorded, it has never run on a GPU",
     "0.7.2.post1": "evidence 2 of 5: its kernels compile, it has never run on a GPU",
@@ -38,16 +38,16 @@ _EVIDENCE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class CuteDsl:
-    """The implementation "cute_dsl" with options: `implementation` takes one instead of the name.
+class CuteDsl(Implementation):
+    """The implementation "cute_dsl": FlashInfer's CuTe-DSL kernels on SM100 and SM103.
 
     Attributes:
-        tactic: how the kernels divide their work; None means as `tuning` has it for the layer, or
-            else as FlashInfer does where nothing was tuned.
-        deterministic: add each token's rows in the order of its slots, in float32 and by JAX, so
-            that a call always has the same result. It takes T * K * H * 2 bytes, and kernels that
-            FlashInfer has from 0.7.2 on. The others add in bfloat16, whichever row comes first,
-            but for W4A16, where this is how it is done either way.
+        tactic: how the kernels divide their work; None means the tuned one for the layer, or else
+            FlashInfer's default.
+        deterministic: accumulate each token's rows in slot order, in float32 and by JAX, so that a
+            call always gives the same bits. It takes T * K * H * 2 bytes, and kernels that
+            FlashInfer has from 0.7.2 on. Otherwise rows are accumulated in bfloat16 in the order in
+            which they finish, except in W4A16, which always accumulates in slot order.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type, or no such tactic is compiled.
@@ -56,115 +56,95 @@ class CuteDsl:
     tactic: Tactic | None = None
     deterministic: bool = False
 
+    name: ClassVar[str] = "cute_dsl"
+    needs: ClassVar[str] = "an SM100 or SM103 GPU"
+    device_words: ClassVar[tuple[str, ...]] = ("b200", "b300")  # GB200 and GB300 too
+    layout: ClassVar[Layout] = "cute_dsl"
+
     def __post_init__(self) -> None:
         if self.tactic is not None and self.tactic not in TACTICS["all"]:
             raise ValueError(
                 f"tactic is {self.tactic!r}, expected None or Tactic(tile, gemm1_n, gemm2_n, "
                 "gemm2_cluster_n): the first three 128 or 256, the last 1 or 2"
             )
-        if not isinstance(self.deterministic, bool):
-            raise TypeError(f"deterministic is {self.deterministic!r}, expected True or False")
+        check_flag("deterministic", self.deterministic)
 
-    @property
-    def name(self) -> str:
-        """What `implementation` calls it."""
-        return "cute_dsl"
-
-    def unsupported(self, problem: Problem) -> str | None:
-        """Why the kernels cannot serve the problem, or None if they can."""
-        if (reason := _not_computed(problem.call, problem.experts)) is not None:
-            return reason
-        found = self.find(problem)
-        return found if isinstance(found, str) else None
-
-    def describe(self, problem: Problem) -> str:
-        """The module, the packed bytes it reads, the tactic, and how far it was ever run."""
-        found = self.find(problem)
-        assert not isinstance(found, str)  # unsupported
-        module, callee = found
-        tactic = [] if callee.variant.scheme == "none" else [str(callee.tactic)]
-        details = *tactic, *rearranged(problem.experts, self.name), _EVIDENCE[module.version]
-        return described(module, problem, *details)
-
-    def find(self, problem: Problem) -> tuple[Module, Callee] | str:
-        """The functions that serve a call, and the module that has them; or why there are none."""
+    def _plan(self, problem: Problem) -> "CuteDslPlan":
+        _check_computed(problem.call, problem.experts)
         call, experts, device_kind = problem.call, problem.experts, problem.device_kind
         scheme = experts.activation_scheme
         finalize = not self.deterministic and scheme != "none"
         variant = Variant(call.activation.name, scheme, finalize)
         versions = [each for each, has in cute_dsl.VERSIONS.items() if variant in has]
-        module = find(self.name, versions, device_kind)
-        if isinstance(module, str):
-            return f"{module}, with FlashInfer {' or '.join(versions)}"
         try:
-            tactics = self._tactics(problem, module.version)
-        except (OSError, ValueError) as error:
-            return str(error)
+            module = find(self.name, versions, device_kind)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{error}, with FlashInfer {' or '.join(versions)}") from None
         arch, reason = f"{devices.capability(device_kind)}a", None
-        for tactic in tactics:
-            callee = Callee(module.name, arch, variant, tactic)
-            if (reason := _not_there(callee, module, experts)) is None:
-                return module, callee
-        assert reason is not None  # There is one tactic at least.
-        return reason
+        for tactic in self._tactics(problem, module.version):
+            functions = Functions(module.name, arch, variant, tactic)
+            if (reason := _not_there(functions, module, experts)) is None:
+                return CuteDslPlan(self, problem, module, functions)
+        raise NotImplementedError(reason)
 
     def _tactics(self, problem: Problem, version: str) -> tuple[Tactic, ...]:
-        """Those to take, the first one that can be called."""
+        """The tactics to try, in order."""
         if self.tactic is not None:
             return (self.tactic,)
-        tuned = look_up(
-            layer_of(problem, version, deterministic=self.deterministic), problem.tokens
-        )
+        try:
+            tuned = look_up(
+                layer_of(problem, version, deterministic=self.deterministic), problem.tokens
+            )
+        except (OSError, ValueError) as error:
+            raise NotImplementedError(str(error)) from error
         default = TACTICS["default"][0]
-        # What was measured then may not be built now.
+        # A tactic that was measured once may not be built now.
         return (default,) if tuned is None else (tuned, default)
 
+
+@dataclasses.dataclass(frozen=True)
+class CuteDslPlan(Plan):
+    """The layer as two calls of the module's functions.
+
+    Attributes:
+        module: the module that has them.
+        functions: which ones.
+    """
+
+    implementation: CuteDsl
+    module: Module
+    functions: Functions
+
+    @property
+    def platform(self) -> str:
+        """The platform of the custom calls."""
+        return "cuda"
+
+    def describe(self) -> str:
+        """Returns the module, the packed bytes it reads, the tactic, and the evidence for it."""
+        tactic = [] if self.functions.variant.scheme == "none" else [str(self.functions.tactic)]
+        moved = rearranged(self.problem.experts, "cute_dsl")
+        details = *tactic, *moved, _EVIDENCE[self.module.version]
+        return describe_module(self.module, self.problem, *details)
+
     def run(
-        self,
-        call: Call,
-        x: Float[Array, "T H"],
-        topk_ids: Int32[Array, "T K"],
-        topk_weights: Float32[Array, "T K"],
-        experts: ExpertWeights,
+        self, x: Float[Array, "T H"], routed: Routed, experts: ExpertWeights
     ) -> Float[Array, "T H"]:
-        """The layer's output."""
-        tokens, top_k = topk_ids.shape
-        found = self.find(Problem(call, experts, tokens, top_k, devices.current_kind()))
-        assert not isinstance(found, str)  # unsupported
-        module, callee = found
-        make_ready(module)
-        return lax.platform_dependent(
-            x,
-            topk_ids,
-            topk_weights,
-            experts,
-            cuda=partial(run_on, callee, call),
-            default=partial(emulation.run, call),
-        )
-
-    def run_from_logits(
-        self,
-        call: Call,
-        routing: Routing,
-        x: Float[Array, "T H"],
-        logits: Float[Array, "T E"],
-        bias: Float[Array, " E"] | None,
-        experts: ExpertWeights,
-    ) -> Float[Array, "T H"]:
-        """The layer's output, routed by JAX: the kernels have no router."""
-        return self.run(call, x, *route(logits, routing, bias=bias), experts)
+        """Returns the layer's output."""
+        make_ready(self.module)
+        return run_routed(self.functions, self.problem.call, x, *routed, experts)
 
 
-def layer_of(problem: Problem, version: str, *, deterministic: bool) -> Layer:
-    """What a tactic for the problem is kept by in the table of `tuning`.
+def layer_of(problem: Problem, version: str, *, deterministic: bool) -> TunedLayer:
+    """Returns the key of the problem's tactics in the table of `tuning`.
 
     Args:
-        problem: what is asked.
+        problem: the call.
         version: of the module that serves it.
         deterministic: as in `CuteDsl`.
     """
     experts = problem.experts
-    return Layer(
+    return TunedLayer(
         device_kind=problem.device_kind,
         version=version,
         activation=problem.call.activation.name,
@@ -177,16 +157,18 @@ def layer_of(problem: Problem, version: str, *, deterministic: bool) -> Layer:
     )
 
 
-def _not_there(callee: Callee, module: Module, experts: ExpertWeights) -> str | None:
+def _not_there(functions: Functions, module: Module, experts: ExpertWeights) -> str | None:
     """Why functions cannot be called for experts, or None if they can."""
-    known = cute_dsl.tactics_of(callee.variant, "all")
-    if callee.tactic not in known:
+    known = cute_dsl.tactics_of(functions.variant, "all")
+    if functions.tactic not in known:
         scheme = f"activation_scheme={experts.activation_scheme!r}"
-        return f"{callee.tactic}: for {scheme} its kernels are compiled for {known[0]} alone"
+        return f"{functions.tactic}: for {scheme} its kernels are compiled for {known[0]} alone"
     hidden_size, intermediate_size = padded_sizes(experts, "cute_dsl")
-    if not callee.tactic.fits(hidden_size, intermediate_size, gated=experts.gated):
-        return f"{callee.tactic} does not divide H {hidden_size} and I {intermediate_size}, padded"
-    if absent := [name for name in callee.functions if name not in module.functions]:
+    if not functions.tactic.fits(hidden_size, intermediate_size, gated=experts.gated):
+        return (
+            f"{functions.tactic} does not divide H {hidden_size} and I {intermediate_size}, padded"
+        )
+    if absent := [name for name in functions.names if name not in module.functions]:
         return (
             f"{module.name} was built without {', '.join(absent)}: run `python -m "
             "jax_nvfp4_moe build cute_dsl --tactics all`"
@@ -194,11 +176,10 @@ def _not_there(callee: Callee, module: Module, experts: ExpertWeights) -> str | 
     return None
 
 
-def _not_computed(call: Call, experts: ExpertWeights) -> str | None:
+def _check_computed(call: Call, experts: ExpertWeights) -> None:
     scheme, activation = experts.activation_scheme, call.activation
     biased = experts.w13_bias is not None or experts.w2_bias is not None
-    return first_that_holds(
-        (call.numerics != "kernel", f"numerics={call.numerics!r} is the emulation's alone"),
+    first_reason(
         (
             scheme == "none" and experts.num_experts > W4A16_EXPERTS,
             f"activation_scheme='none' and {experts.num_experts} experts: it is compiled for "
@@ -211,8 +192,8 @@ def _not_computed(call: Call, experts: ExpertWeights) -> str | None:
             f"{activation}: it is compiled for {Activation(activation.name)}",
         ),
         (
-            not in_one_unit(experts),
-            "an expert's gate and up have different global scales, and it takes one for both: "
-            "quantize_experts(..., shared_scale=True)",
+            experts.separate_scales,
+            "gate and up have separate global scales, w13.global_scale [E, 2], and it takes one "
+            "for both: share_scales(experts) makes it [E, 1]",
         ),
     )

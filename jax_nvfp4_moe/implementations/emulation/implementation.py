@@ -9,16 +9,25 @@ arithmetic, chosen by shape while tracing:
   time and multiplies all its tokens on the matrix unit.
 """
 
+import dataclasses
 import functools
+from typing import ClassVar, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from jax_nvfp4_moe._messages import check_name
 from jax_nvfp4_moe.experts import ExpertWeights
-from jax_nvfp4_moe.format import round_to
-from jax_nvfp4_moe.implementations.base import Call, Problem
+from jax_nvfp4_moe.implementations.base import (
+    Implementation,
+    Numerics,
+    Plan,
+    Problem,
+    Routed,
+    first_reason,
+)
 from jax_nvfp4_moe.implementations.common.contractions import (
     Rows,
     decode_and_dot,
@@ -26,103 +35,86 @@ from jax_nvfp4_moe.implementations.common.contractions import (
     multiply_reduce,
 )
 from jax_nvfp4_moe.implementations.common.grouping import Tile, expected_hits, group, tile_rows
-from jax_nvfp4_moe.implementations.common.recipes import Contract, Recipe
-from jax_nvfp4_moe.relayout import select
-from jax_nvfp4_moe.routing import Routing, route
-
-name = "emulation"
+from jax_nvfp4_moe.implementations.common.recipes import Contract, Recipe, combined
+from jax_nvfp4_moe.implementations.common.reports import packed_reads
+from jax_nvfp4_moe.implementations.common.sharded import local_ids, varying_zeros
+from jax_nvfp4_moe.relayout import take_experts
 
 # Beyond this many reads of the same expert, decoding it once for all its tokens is faster.
 _GATHER_MAX_REUSE = 2.0
 
 
-def unsupported(problem: Problem) -> str | None:
-    """Why the emulation cannot serve the problem; only the "vllm" preset has limits."""
-    experts = problem.experts
-    if problem.call.numerics != "vllm":
-        return None
-    if experts.activation_scheme != "static":
-        return (
-            f"numerics='vllm' with activation_scheme={experts.activation_scheme!r}: vLLM's "
-            "emulation knows static activation scales only; use numerics='kernel'"
+@dataclasses.dataclass(frozen=True)
+class Emulation(Implementation):
+    """The implementation "emulation": `jax.numpy`, on any device.
+
+    Attributes:
+        numerics: "kernel" rounds where the Blackwell kernels do, "vllm" where vLLM's emulation does
+            (`Nvfp4QuantizationEmulationTritonExperts` of vllm@0.33.0).
+
+    Raises:
+        ValueError: not one of the two.
+    """
+
+    numerics: Numerics = "kernel"
+
+    name: ClassVar[str] = "emulation"
+    needs: ClassVar[str] = "any device"
+    device_words: ClassVar[tuple[str, ...]] = ("",)
+
+    def __post_init__(self) -> None:
+        check_name("numerics", self.numerics, get_args(Numerics))
+
+    def _plan(self, problem: Problem) -> "EmulationPlan":
+        experts, vllm = problem.experts, self.numerics == "vllm"
+        first_reason(
+            (
+                vllm and experts.activation_scheme != "static",
+                f"numerics='vllm' with activation_scheme={experts.activation_scheme!r}: vLLM's "
+                "emulation knows static activation scales only; use numerics='kernel'",
+            ),
+            (
+                vllm and (experts.w13_bias is not None or experts.w2_bias is not None),
+                "numerics='vllm' with biases: vLLM's emulation rejects them; use numerics='kernel'",
+            ),
         )
-    if experts.w13_bias is not None or experts.w2_bias is not None:
-        return "numerics='vllm' with biases: vLLM's emulation rejects them; use numerics='kernel'"
-    return None
+        return EmulationPlan(self, problem)
 
 
-def describe(problem: Problem) -> str:
-    """The formulation it would use, and the packed bytes it reads."""
-    tokens, top_k, experts = problem.tokens, problem.top_k, problem.experts
-    sizes = tokens, top_k, experts.num_experts
-    in_floats = problem.call.numerics == "vllm" or experts.activation_scheme == "none"
-    on_cpu = "cpu" in problem.device_kind.lower()
-    gathers = _gathers(*sizes) and not (in_floats and on_cpu)
-    hits = expected_hits(*sizes)
-    reads = tokens * top_k if gathers else hits
-    how = "gather" if gathers else f"grouped, tiles of {tile_rows(*sizes)} rows"
-    return f"{how}; {packed_reads(problem, reads)}"
+@dataclasses.dataclass(frozen=True)
+class EmulationPlan(Plan):
+    """The layer in `jax.numpy`."""
 
+    implementation: Emulation
 
-def packed_reads(problem: Problem, reads: float | None = None) -> str:
-    """What a call reads of the weights: so many experts, by default each one that is hit, once."""
-    experts = problem.experts
-    hits = expected_hits(problem.tokens, problem.top_k, experts.num_experts)
-    megabytes = (hits if reads is None else reads) * experts.nbytes / experts.num_experts / 1e6
-    return f"reads about {megabytes:.1f} MB of packed weights for {hits:.0f} experts"
+    @property
+    def numerics(self) -> Numerics:
+        """Which preset's roundings the result has."""
+        return self.implementation.numerics
 
+    def describe(self) -> str:
+        """Returns the formulation that it would use, and the packed bytes that it reads."""
+        problem, experts = self.problem, self.problem.experts
+        sizes = problem.tokens, problem.top_k, experts.num_experts
+        in_floats = self.numerics == "vllm" or experts.activation_scheme == "none"
+        on_cpu = "cpu" in problem.device_kind.lower()
+        gathers = _gathers(*sizes) and not (in_floats and on_cpu)
+        reads = problem.tokens * problem.top_k if gathers else expected_hits(*sizes)
+        how = "gather" if gathers else f"grouped, tiles of {tile_rows(*sizes)} rows"
+        return f"{how}; {packed_reads(problem, reads)}"
 
-def run(
-    call: Call,
-    x: Float[Array, "T H"],
-    topk_ids: Int32[Array, "T K"],
-    topk_weights: Float32[Array, "T K"],
-    experts: ExpertWeights,
-) -> Float[Array, "T H"]:
-    """The layer's output."""
-    if x.shape[0] == 0:
-        return jnp.zeros(x.shape, call.output_dtype)
-    recipe = Recipe(call, experts.activation_scheme, x.dtype)
-    ids = local_ids(call, topk_ids, experts)
-    values = recipe.input_values(x, topk_weights)
-    tokens, top_k = topk_ids.shape
-    form = _gather if _gathers(tokens, top_k, experts.num_experts) else _grouped
-    rows = form(recipe, recipe.input_rows(values, experts), ids, topk_weights, experts)
-    return combined(recipe, rows, topk_weights)
-
-
-def combined(
-    recipe: Recipe, rows: Float[Array, "T K H"], topk_weights: Float32[Array, "T K"]
-) -> Float[Array, "T H"]:
-    """The layer's output, from every pair's row; rows of experts on other devices are zero here."""
-    call = recipe.call
-    if call.axis_name is not None:
-        # Each row is zero on all devices but one, so this sum is exact and keeps the slot order.
-        rows = lax.psum(rows, call.axis_name)
-    with jax.named_scope("combine"):
-        total = recipe.combine(rows.astype(jnp.float32), topk_weights)
-        return round_to(total, call.output_dtype).astype(call.output_dtype)
-
-
-def run_from_logits(
-    call: Call,
-    routing: Routing,
-    x: Float[Array, "T H"],
-    logits: Float[Array, "T E"],
-    bias: Float[Array, " E"] | None,
-    experts: ExpertWeights,
-) -> Float[Array, "T H"]:
-    """The layer's output; there is no faster way to route than `route`."""
-    return run(call, x, *route(logits, routing, bias=bias), experts)
-
-
-def local_ids(
-    call: Call, topk_ids: Int32[Array, "T K"], experts: ExpertWeights
-) -> Int32[Array, "T K"]:
-    """Ids among the experts held here; others are out of range."""
-    if call.axis_name is None:
-        return topk_ids
-    return topk_ids - lax.axis_index(call.axis_name) * experts.num_experts
+    def run(
+        self, x: Float[Array, "T H"], routed: Routed, experts: ExpertWeights
+    ) -> Float[Array, "T H"]:
+        """Returns the layer's output."""
+        call, (topk_ids, topk_weights) = self.problem.call, routed
+        recipe = Recipe(call, experts.activation_scheme, x.dtype, self.numerics)
+        ids = local_ids(call, topk_ids, experts)
+        values = recipe.input_values(x, topk_weights)
+        tokens, top_k = topk_ids.shape
+        form = _gather if _gathers(tokens, top_k, experts.num_experts) else _grouped
+        rows = form(recipe, recipe.input_rows(values, experts), ids, topk_weights, experts)
+        return combined(recipe, rows, topk_weights)
 
 
 def _gathers(tokens: int, top_k: int, num_experts: int) -> bool:
@@ -172,9 +164,9 @@ def gather_rows(
 ) -> Float[Array, "T K H"]:
     """Every pair with its own expert's weights; rows of ids out of range are zero."""
     valid = (ids >= 0) & (ids < experts.num_experts)
-    own = select(experts, jnp.where(valid, ids, 0))
+    own = take_experts(experts, jnp.where(valid, ids, 0))
     repeated = jax.tree.map(lambda array: array[:, None], x)
-    rows = recipe.expert_rows(repeated, own, recipe.hidden_scale(experts), topk_weights, contract)
+    rows = recipe.expert_rows(repeated, own, recipe.w2_input_scale(experts), topk_weights, contract)
     return jnp.where(valid[..., None], rows, 0.0).astype(recipe.row_dtype)
 
 
@@ -187,13 +179,13 @@ def _grouped(
 ) -> Float[Array, "T K H"]:
     tokens, top_k = ids.shape
     pairs = tokens * top_k
-    hidden_scale = recipe.hidden_scale(experts)
+    w2_input_scale = recipe.w2_input_scale(experts)
     weights = topk_weights.reshape(-1)
 
     def tile_output(tile: Tile) -> Array:
-        own = select(experts, tile.expert)
+        own = take_experts(experts, tile.expert)
         mine = jax.tree.map(lambda array: array[tile.pair // top_k], x)
-        return recipe.expert_rows(mine, own, hidden_scale, weights[tile.pair], decode_and_dot)
+        return recipe.expert_rows(mine, own, w2_input_scale, weights[tile.pair], decode_and_dot)
 
     rows_per_tile = tile_rows(tokens, top_k, experts.num_experts)
     grouping = group(ids, experts.num_experts, rows_per_tile)
@@ -210,16 +202,3 @@ def _grouped(
     valid = (ids >= 0) & (ids < experts.num_experts)
     rows = grouping.unsort(rows).reshape(tokens, top_k, experts.hidden_size)
     return jnp.where(valid[..., None], rows, jnp.zeros_like(rows))
-
-
-def varying_zeros(shape: tuple[int, ...], dtype: jnp.dtype, *sources: object) -> Array:
-    """Zeros to start a loop from, which vary over the mesh axes that `sources` vary over.
-
-    Inside shard_map the type of a loop's carry must not change; JAX 0.10 and 0.12 spell the cast
-    differently, so the type is taken from an operation that involves every source.
-    """
-    never = jnp.zeros((), jnp.bool_)
-    for leaf in jax.tree.leaves(sources):
-        if leaf.dtype != jnp.float8_e4m3fn:
-            never = never | ((leaf.reshape(-1)[0] != 0) & False)
-    return jnp.broadcast_to(never, shape).astype(dtype)

@@ -10,14 +10,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_nvfp4_moe import devices
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.format import Nvfp4Array, expand_global_scale
-from jax_nvfp4_moe.implementations.base import Call
+from jax_nvfp4_moe.implementations.base import Problem
 from jax_nvfp4_moe.implementations.common.contractions import Rows
 from jax_nvfp4_moe.implementations.common.grouping import Tiles, group
-from jax_nvfp4_moe.implementations.common.recipes import Recipe
-from jax_nvfp4_moe.implementations.emulation import implementation as emulation
+from jax_nvfp4_moe.implementations.common.recipes import Recipe, combined
+from jax_nvfp4_moe.implementations.common.sharded import local_ids, varying_zeros
 from jax_nvfp4_moe.implementations.triton import epilogues
 from jax_nvfp4_moe.implementations.triton.decode import as_words
 from jax_nvfp4_moe.implementations.triton.kernels import (
@@ -33,33 +32,34 @@ _Operand = tuple[Float[Array, "R K"], Float32[Array, " R"] | None]
 
 
 def run(
-    call: Call,
+    problem: Problem,
     interpret: bool,
     x: Float[Array, "T H"],
     topk_ids: Int32[Array, "T K"],
     topk_weights: Float32[Array, "T K"],
     experts: ExpertWeights,
 ) -> Float[Array, "T H"]:
-    """The layer's output, on a GPU or in JAX's interpreter."""
+    """Returns the layer's output, on a GPU or in JAX's interpreter."""
+    call = problem.call
     recipe = Recipe(call, experts.activation_scheme, x.dtype)
-    ids = emulation.local_ids(call, topk_ids, experts)
+    ids = local_ids(call, topk_ids, experts)
     tokens, top_k = ids.shape
-    chosen = tilings(tokens, top_k, experts.num_experts, devices.current_kind())
+    chosen = tilings(tokens, top_k, experts.num_experts, problem.device_kind)
     # Inside shard_map a result varies over every mesh axis that an operand varies over.
     sources = x, ids, topk_weights, experts
-    like = jax.typeof(emulation.varying_zeros((), jnp.dtype(recipe.row_dtype), *sources))
-    layer = _Layer(recipe, experts, chosen, like.manual_axis_type, interpret)
+    like = jax.typeof(varying_zeros((), jnp.dtype(recipe.row_dtype), *sources))
+    layer = _GroupedGemms(recipe, experts, chosen, like.manual_axis_type, interpret)
 
     values = recipe.input_values(x, topk_weights) if call.router_weight_on_input else x
     rows = layer.rows(values, ids).reshape(tokens, top_k, experts.hidden_size)
     # Rows of ids out of range are in no tile: nothing was written there.
     valid = (ids >= 0) & (ids < experts.num_experts)
     rows = jnp.where(valid[..., None], rows, jnp.zeros_like(rows))
-    return emulation.combined(recipe, rows, topk_weights)
+    return combined(recipe, rows, topk_weights)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layer:
+class _GroupedGemms:
     """What the steps of a layer share.
 
     Attributes:
@@ -81,7 +81,7 @@ class _Layer:
         experts, scheme = self.experts, self.experts.activation_scheme
         order13, order2 = row_orders(experts)
         with jax.named_scope("group"):
-            tiles, pair = self._plan(ids)
+            tiles, pair = self._tiles(ids)
         launch = functools.partial(
             grouped_gemm,
             tiles=tiles,
@@ -95,7 +95,7 @@ class _Layer:
                 *self._input(x),
                 _weights(experts.w13, order13, experts.w13_bias, 2 if experts.gated else 1),
                 top_k=ids.shape[1],
-                scale=self.recipe.hidden_scale(experts),
+                scale=self.recipe.w2_input_scale(experts),
                 epilogue=functools.partial(
                     epilogues.gemm1,
                     activation=self.recipe.call.activation,
@@ -120,7 +120,7 @@ class _Layer:
                 name="nvfp4_moe_gemm2",
             )
 
-    def _plan(self, ids: Int32[Array, "T K"]) -> tuple[Tiles, Int32[Array, " P"] | None]:
+    def _tiles(self, ids: Int32[Array, "T K"]) -> tuple[Tiles, Int32[Array, " P"] | None]:
         """The tiles, and which pair each place is."""
         if self.tilings.by_pair:
             return Tiles(ids.reshape(-1), None, None), None
@@ -130,7 +130,7 @@ class _Layer:
     def _input(self, x: Float[Array, "T H"]) -> _Operand:
         """GEMM1's operand."""
         with jax.named_scope("input"):
-            scale = self.recipe.input_scale(self.experts)
+            scale = self.recipe.w13_input_scale(self.experts)
             if scale is not None:
                 rows = quantize_rows(x, scale, self._result(*x.shape), interpret=self.interpret)
                 return rows, scale.reshape(1)
@@ -140,7 +140,7 @@ class _Layer:
         """GEMM2's operand, of what GEMM1's epilogue left."""
         if self.experts.activation_scheme == "none":
             return hidden, None
-        scale = self.recipe.hidden_scale(self.experts)
+        scale = self.recipe.w2_input_scale(self.experts)
         if scale is not None:
             return hidden, scale.reshape(1)
         with jax.named_scope("hidden"):

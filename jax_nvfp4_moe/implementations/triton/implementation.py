@@ -15,29 +15,33 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float
 
 from jax_nvfp4_moe import devices
 from jax_nvfp4_moe._messages import described
 from jax_nvfp4_moe.experts import ExpertWeights
-from jax_nvfp4_moe.implementations.base import Call, Problem
-from jax_nvfp4_moe.implementations.emulation import implementation as emulation
+from jax_nvfp4_moe.implementations.base import (
+    Implementation,
+    Plan,
+    Problem,
+    Routed,
+    first_reason,
+)
+from jax_nvfp4_moe.implementations.common.reports import packed_reads
 from jax_nvfp4_moe.implementations.triton.tilings import tilings
-from jax_nvfp4_moe.routing import Routing, route
 
 
 @dataclasses.dataclass(frozen=True)
-class Triton:
-    """The implementation "triton" with options: `implementation` takes one instead of the name.
+class Triton(Implementation):
+    """The implementation "triton": kernels for NVIDIA GPUs from SM80 on.
 
     Attributes:
-        interpret: run the kernels in JAX's interpreter, on any device, slowly: to see on a CPU
-            what they compute. Only what a GPU does by one instruction, decoding and a division, is
-            computed in another way.
+        interpret: run the kernels in JAX's interpreter, on any device, slowly: shows on a CPU what
+            they compute. Decoding and one division, which a GPU does by single instructions, are
+            computed in another way there.
 
     Raises:
         TypeError: `interpret` is not a bool.
@@ -45,67 +49,57 @@ class Triton:
 
     interpret: bool = False
 
+    name: ClassVar[str] = "triton"
+    needs: ClassVar[str] = "an NVIDIA GPU"
+    device_words: ClassVar[tuple[str, ...]] = ("nvidia", "tesla", "quadro")
+
     def __post_init__(self) -> None:
         if not isinstance(self.interpret, bool):
             raise TypeError(f"interpret is {described(self.interpret)}, expected a bool")
 
+    def runs_on(self, device_kind: str) -> bool:
+        """Whether it runs on devices of a kind: any, in the interpreter."""
+        return self.interpret or super().runs_on(device_kind)
+
+    def _plan(self, problem: Problem) -> "TritonPlan":
+        first_reason(
+            (
+                not _has_pallas_triton(),
+                f"JAX {jax.__version__} has no Triton backend for Pallas",
+            ),
+            (
+                not self.interpret and devices.predates_sm80(problem.device_kind),
+                f"it needs compute capability 8.0 or later, and this is {problem.device_kind}",
+            ),
+        )
+        return TritonPlan(self, problem)
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonPlan(Plan):
+    """The layer as two launches of a grouped GEMM."""
+
+    implementation: Triton
+
     @property
-    def name(self) -> str:
-        """What `implementation` calls it."""
-        return "triton"
+    def platform(self) -> str | None:
+        """CUDA; in the interpreter, any."""
+        return None if self.implementation.interpret else "cuda"
 
-    def unsupported(self, problem: Problem) -> str | None:
-        """Why the kernels cannot serve the problem, or None if they can."""
-        if problem.call.numerics != "kernel":
-            return f"numerics={problem.call.numerics!r}: it has those of 'kernel' only"
-        if not _has_pallas_triton():
-            return f"JAX {jax.__version__} has no Triton backend for Pallas"
-        if not self.interpret and devices.predates_sm80(problem.device_kind):
-            return f"it needs compute capability 8.0 or later, and this is {problem.device_kind}"
-        return None
-
-    def describe(self, problem: Problem) -> str:
-        """How it would cut the work, and the packed bytes it reads."""
+    def describe(self) -> str:
+        """Returns how it would cut the work, and the packed bytes that it reads."""
+        problem = self.problem
         sizes = problem.tokens, problem.top_k, problem.experts.num_experts
         chosen = tilings(*sizes, problem.device_kind)
-        return f"{chosen.describe()}; {emulation.packed_reads(problem)}"
+        return f"{chosen.describe()}; {packed_reads(problem)}"
 
     def run(
-        self,
-        call: Call,
-        x: Float[Array, "T H"],
-        topk_ids: Int32[Array, "T K"],
-        topk_weights: Float32[Array, "T K"],
-        experts: ExpertWeights,
+        self, x: Float[Array, "T H"], routed: Routed, experts: ExpertWeights
     ) -> Float[Array, "T H"]:
-        """The layer's output. A program that is lowered for another platform too emulates there."""
-        if x.shape[0] == 0:
-            return jnp.zeros(x.shape, call.output_dtype)
-        # Not before it is needed: Pallas takes its time to import.
+        """Returns the layer's output."""
+        # Imported on first use: Pallas is slow to import.
         module = importlib.import_module("jax_nvfp4_moe.implementations.triton.call")
-        run = functools.partial(module.run, call, self.interpret)
-        if self.interpret:
-            return run(x, topk_ids, topk_weights, experts)
-        return lax.platform_dependent(
-            x,
-            topk_ids,
-            topk_weights,
-            experts,
-            cuda=run,
-            default=functools.partial(emulation.run, call),
-        )
-
-    def run_from_logits(
-        self,
-        call: Call,
-        routing: Routing,
-        x: Float[Array, "T H"],
-        logits: Float[Array, "T E"],
-        bias: Float[Array, " E"] | None,
-        experts: ExpertWeights,
-    ) -> Float[Array, "T H"]:
-        """The layer's output; there is no faster way to route than `route`."""
-        return self.run(call, x, *route(logits, routing, bias=bias), experts)
+        return module.run(self.problem, self.implementation.interpret, x, *routed, experts)
 
 
 @functools.cache

@@ -1,12 +1,11 @@
-"""What FlashInfer's `trtllm_fp4_block_scale_moe` is given.
+"""Calls of FlashInfer's `trtllm_fp4_block_scale_moe`.
 
-Tokens are quantised here; the kernel gets packed ids or the router's logits, quantised activations
-and, in three numbers for each expert, every scale that is left. What it takes is in
-data/csrc/trtllm_fused_moe_kernel_launcher.cu of flashinfer-python 0.6.13. It checks little of that:
-what would read or write out of bounds is refused, or made right, before the call.
+Tokens are quantised here. The kernel takes quantised activations, packed ids or the router's
+logits, and every remaining scale in three numbers for each expert. Its parameters are in
+data/csrc/trtllm_fused_moe_kernel_launcher.cu of flashinfer-python 0.6.13. It checks few of them, so
+arguments that would read or write out of bounds are refused, or corrected, before the call.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_nvfp4_moe.bridge import flashinfer
 from jax_nvfp4_moe.bridge.call import Argument, Output
 from jax_nvfp4_moe.bridge.call import call as bridge_call
+from jax_nvfp4_moe.bridge.manifest import Module
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.format import quantize
 from jax_nvfp4_moe.implementations.base import Call
@@ -29,45 +29,32 @@ from jax_nvfp4_moe.implementations.trtllm.routing import (
 )
 from jax_nvfp4_moe.implementations.trtllm.sizes import max_tokens, workspace_bytes
 from jax_nvfp4_moe.implementations.trtllm.weights import weight_arguments
-from jax_nvfp4_moe.relayout import prepare
+from jax_nvfp4_moe.relayout import to_layout
 from jax_nvfp4_moe.routing import Routing
 
 FUNCTION = "trtllm_fp4_block_scale_moe"
 
 
-@dataclasses.dataclass(frozen=True)
-class Callee:
-    """Whose function is called.
-
-    Attributes:
-        module: the name under which the bridge knows FlashInfer's module.
-        version: of the flashinfer-python it comes from.
-    """
-
-    module: str
-    version: str
-
-
-def run_on(
-    callee: Callee,
+def run_routed(
+    module: Module,
     call: Call,
     x: Float[Array, "T H"],
     topk_ids: Int32[Array, "T K"],
     topk_weights: Float32[Array, "T K"],
     experts: ExpertWeights,
 ) -> Float[Array, "T H"]:
-    """The layer's output.
+    """Returns the layer's output.
 
     Args:
-        callee: whose function is called.
-        call: what is computed.
+        module: FlashInfer's, registered with the bridge.
+        call: the static arguments.
         x: tokens.
-        topk_ids: of all experts.
+        topk_ids: among all experts.
         topk_weights: their weights.
         experts: those of this device; in another layout than "trtllm" they are rearranged here.
     """
     limit = max_tokens(topk_ids.shape[1], padded_experts(experts.num_experts))
-    launch = _launcher(callee, call, experts)
+    launch = _launcher(module, call, experts)
 
     def routed(values: Array, ids: Array, weights: Array) -> Array:
         return launch(values, packed(ids, weights, experts.num_experts))
@@ -76,32 +63,32 @@ def run_on(
     return run_kernels(kernels, call, x, topk_ids, topk_weights, experts)
 
 
-def run_from_logits_on(
-    callee: Callee,
+def run_unrouted(
+    module: Module,
     call: Call,
     routing: Routing,
     x: Float[Array, "T H"],
     logits: Float[Array, "T E"],
-    bias: Float[Array, " E"] | None,
+    selection_bias: Float[Array, " E"] | None,
     experts: ExpertWeights,
 ) -> Float[Array, "T H"]:
-    """The layer's output, routed by the kernel.
+    """Returns the layer's output, routed by the kernel.
 
     Args:
-        callee: whose function is called.
-        call: what is computed.
+        module: FlashInfer's, registered with the bridge.
+        call: the static arguments.
         routing: how to route.
         x: tokens.
         logits: the router's output.
-        bias: the selection bias, or None.
+        selection_bias: [E], or None.
         experts: all of them; in another layout than "trtllm" they are rearranged here.
 
     Raises:
         ValueError: the kernel has no such router.
     """
-    launch = _launcher(callee, call, experts)
+    launch = _launcher(module, call, experts)
     y = _in_parts(
-        lambda values, logits: launch(values, from_logits(logits, routing, bias)),
+        lambda values, logits: launch(values, from_logits(logits, routing, selection_bias)),
         max_tokens(routing.top_k, experts.num_experts),
         x.astype(jnp.float32),
         logits,
@@ -119,27 +106,30 @@ def _in_parts(launch: Callable[..., Array], limit: int, *tokens: Array) -> Array
 
 
 def _launcher(
-    callee: Callee, call: Call, experts: ExpertWeights
+    module: Module, call: Call, experts: ExpertWeights
 ) -> Callable[[Float32[Array, "T H"], Mapping[str, Argument]], Array]:
-    """What takes tokens, and the arguments about their routing, to the experts' output.
+    """Returns a function from tokens, and the arguments about their routing, to the output.
 
-    All that depends on the experts alone is made here, once.
+    Everything that depends on the experts alone is computed here, once.
     """
-    experts = prepare(experts, "trtllm")
+    experts = to_layout(experts, "trtllm")
     own_scales = experts.activation_scheme == "per_token"
     if own_scales:
-        # Beside each token's own scale that of all is 1; GEMM2's are the kernel's business.
-        input_scale = hidden_scale = jnp.float32(1)
+        # Each token has its own scale, so the layer's is 1; the kernel computes GEMM2's.
+        w13_input_scale = w2_input_scale = jnp.float32(1)
     else:
         recipe = Recipe(call, experts.activation_scheme, jnp.float32)
-        input_scale, hidden_scale = recipe.input_scale(experts), recipe.hidden_scale(experts)
-        assert input_scale is not None and hidden_scale is not None  # check_experts
-    weights = weight_arguments(call.activation, experts, input_scale, hidden_scale)
+        w13_input_scale, w2_input_scale = (
+            recipe.w13_input_scale(experts),
+            recipe.w2_input_scale(experts),
+        )
+        assert w13_input_scale is not None and w2_input_scale is not None  # check_experts
+    weights = weight_arguments(call.activation, experts, w13_input_scale, w2_input_scale)
     padding = experts.w2.shape[-2] - experts.hidden_size
 
     def launch(values: Float32[Array, "T H"], routing: Mapping[str, Argument]) -> Array:
         values = jnp.pad(values, ((0, 0), (0, padding)))
-        rows = quantize(values, per="row") if own_scales else quantize(values, input_scale)
+        rows = quantize(values, per="row") if own_scales else quantize(values, w13_input_scale)
         arguments = {
             **weights,
             **routing,
@@ -150,9 +140,9 @@ def _launcher(
             "output": Output((len(values), experts.hidden_size), jnp.bfloat16),
         }
         sizes = check_arguments(arguments)
-        ordered = flashinfer.arguments(FUNCTION, callee.version, arguments)
-        workspace = workspace_bytes(callee.version, sizes)
-        *_, y = bridge_call(callee.module, FUNCTION, ordered, workspace=workspace)
+        ordered = flashinfer.arguments(FUNCTION, module.version, arguments)
+        workspace = workspace_bytes(module.version, sizes)
+        *_, y = bridge_call(module.name, FUNCTION, ordered, workspace=workspace)
         return y
 
     return launch

@@ -1,77 +1,130 @@
-"""FlashInfer's TRTLLM-Gen kernel, `trtllm_fp4_block_scale_moe`, on SM100 and SM103.
+"""The implementation "trtllm": FlashInfer's `trtllm_fp4_block_scale_moe` on SM100 and SM103.
 
-What it serves, and the calls as the other implementations have them. `_trtllm_call` says what the
-function is given, `_trtllm_routing` what of that is about routing, `_trtllm_sizes` how much memory
-it takes.
+This module says what the kernel serves. `call` makes its arguments, `routing` those about routing,
+`weights` those about experts; `checks` holds them to each other; `sizes` computes the workspace.
 """
 
-from functools import partial
+import dataclasses
+from typing import ClassVar
 
-from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float
 
-from jax_nvfp4_moe import devices
+from jax_nvfp4_moe._call_checks import check_flag
 from jax_nvfp4_moe.bridge import flashinfer
+from jax_nvfp4_moe.bridge.manifest import Module
 from jax_nvfp4_moe.experts import ExpertWeights, padded_sizes
-from jax_nvfp4_moe.implementations.base import Call, Problem
-from jax_nvfp4_moe.implementations.common.modules import (
-    described,
-    find,
-    first_that_holds,
-    make_ready,
-    rearranged,
+from jax_nvfp4_moe.implementations.base import (
+    Implementation,
+    Plan,
+    Problem,
+    Routed,
+    Unrouted,
+    first_reason,
 )
-from jax_nvfp4_moe.implementations.common.native import in_one_unit
-from jax_nvfp4_moe.implementations.emulation import implementation as emulation
-from jax_nvfp4_moe.implementations.trtllm.call import (
-    FUNCTION,
-    Callee,
-    run_from_logits_on,
-    run_on,
-)
+from jax_nvfp4_moe.implementations.common.modules import describe_module, find, make_ready
+from jax_nvfp4_moe.implementations.common.reports import rearranged
+from jax_nvfp4_moe.implementations.trtllm.call import FUNCTION, run_routed, run_unrouted
 from jax_nvfp4_moe.implementations.trtllm.routing import (
     MAX_EXPERTS,
     MAX_TOP_K,
     no_router,
     padded_experts,
 )
-from jax_nvfp4_moe.implementations.trtllm.sizes import (
-    Sizes,
-    max_tokens,
-    workspace_bytes,
-)
+from jax_nvfp4_moe.implementations.trtllm.sizes import Sizes, max_tokens, workspace_bytes
 from jax_nvfp4_moe.implementations.trtllm.weights import ACT_TYPES, finite_limit
-from jax_nvfp4_moe.routing import Routing
+from jax_nvfp4_moe.layouts import Layout
 
-name = "trtllm"
-
-# There are kernels for tokens with scales of their own for these alone.
+# The activations that have kernels for tokens with scales of their own.
 _PER_TOKEN = ("silu", "swiglu_oai")
-
-# Those whose arguments are known, the newest last.
+# The versions of flashinfer-python whose arguments are known, the newest last.
 _VERSIONS = tuple(flashinfer.PARAMETERS[FUNCTION])
-# How far it is believed: docs/bridge.md has the five steps.
+# The rung of the evidence ladder: docs/bridge.md has the five.
 _EVIDENCE = "evidence 3 of 5: its launches were recorded, it has never run on a GPU"
 
 
-# ----------------------------------------------------------------------------------- what it serves
+@dataclasses.dataclass(frozen=True)
+class Trtllm(Implementation):
+    """The implementation "trtllm": FlashInfer's TRTLLM-Gen kernel on SM100 and SM103.
+
+    Attributes:
+        route_in_kernel: leave the routing of `nvfp4_moe` to the kernel, in one launch less. It
+            ranks and weighs as `route` does, in float32 and by its own sigmoid and softmax, so that
+            nearly equal scores may be ranked otherwise. It has routers for some methods and sizes.
+
+    Raises:
+        TypeError: `route_in_kernel` is not a bool.
+    """
+
+    route_in_kernel: bool = False
+
+    name: ClassVar[str] = "trtllm"
+    needs: ClassVar[str] = "an SM100 or SM103 GPU"
+    device_words: ClassVar[tuple[str, ...]] = ("b200", "b300")  # GB200 and GB300 too
+    layout: ClassVar[Layout] = "trtllm"
+
+    def __post_init__(self) -> None:
+        check_flag("route_in_kernel", self.route_in_kernel)
+
+    @property
+    def routes(self) -> bool:
+        """Whether the kernel routes."""
+        return self.route_in_kernel
+
+    def _plan(self, problem: Problem) -> "TrtllmPlan":
+        _check_computed(problem)
+        if self.route_in_kernel:
+            _check_routed(problem)
+        return TrtllmPlan(self, problem, find(self.name, _VERSIONS, problem.device_kind))
 
 
-def unsupported(problem: Problem) -> str | None:
-    """Why the kernel cannot serve the problem, or None if it can."""
-    reason = _not_computed(problem) or _not_routed(problem)
-    if reason is not None:
-        return reason
-    module = find(name, _VERSIONS, problem.device_kind)
-    return module if isinstance(module, str) else None
+@dataclasses.dataclass(frozen=True)
+class TrtllmPlan(Plan):
+    """The layer as one call of the module's function.
+
+    Attributes:
+        module: the module that has it.
+    """
+
+    implementation: Trtllm
+    module: Module
+
+    @property
+    def platform(self) -> str:
+        """The platform of the custom call."""
+        return "cuda"
+
+    def describe(self) -> str:
+        """Returns the module, the packed bytes it reads, its workspace, and the evidence for it."""
+        problem = self.problem
+        workspace = []
+        if problem.tokens:
+            nbytes = workspace_bytes(self.module.version, _sizes(problem))
+            workspace = [f"workspace {nbytes / 1e6:.1f} MB"]
+        details = *workspace, *rearranged(problem.experts, "trtllm"), _EVIDENCE
+        return describe_module(self.module, problem, *details)
+
+    def run(
+        self, x: Float[Array, "T H"], routed: Routed, experts: ExpertWeights
+    ) -> Float[Array, "T H"]:
+        """Returns the layer's output."""
+        make_ready(self.module)
+        return run_routed(self.module, self.problem.call, x, *routed, experts)
+
+    def run_unrouted(
+        self, x: Float[Array, "T H"], unrouted: Unrouted, experts: ExpertWeights
+    ) -> Float[Array, "T H"]:
+        """Returns the layer's output, routed by the kernel."""
+        make_ready(self.module)
+        routing = self.problem.routing
+        assert routing is not None
+        return run_unrouted(self.module, self.problem.call, routing, x, *unrouted, experts)
 
 
-def _not_computed(problem: Problem) -> str | None:
+def _check_computed(problem: Problem) -> None:
     call, experts, activation = problem.call, problem.experts, problem.call.activation.name
     scheme = experts.activation_scheme
     activations = [each for each in ACT_TYPES if scheme != "per_token" or each in _PER_TOKEN]
-    return first_that_holds(
-        (call.numerics != "kernel", f"numerics={call.numerics!r} is the emulation's alone"),
+    first_reason(
         (scheme == "none", "activation_scheme='none': it multiplies quantised activations only"),
         (
             activation not in activations,
@@ -87,39 +140,31 @@ def _not_computed(problem: Problem) -> str | None:
             f"a device has {experts.num_experts} experts: it takes fewer than {MAX_EXPERTS}",
         ),
         (
-            finite_limit(call.activation) is not None and not in_one_unit(experts),
-            "an expert's gate and up have different global scales, and one limit clamps both: "
-            "quantize_experts(..., shared_scale=True)",
+            finite_limit(call.activation) is not None and experts.separate_scales,
+            "gate and up have separate global scales, w13.global_scale [E, 2], and one limit "
+            "clamps both: share_scales(experts) makes it [E, 1]",
         ),
     )
 
 
-def _not_routed(problem: Problem) -> str | None:
+def _check_routed(problem: Problem) -> None:
     routing, call = problem.routing, problem.call
     if routing is None:
-        return None
-    reason = first_that_holds(
-        # One number, in a program that all devices run.
-        (call.axis_name is not None, "it cannot tell which experts are a device's (axis_name)"),
-        (call.router_weight_on_input, "router_weight_on_input needs the weights before it runs"),
-    ) or no_router(routing, problem.experts.num_experts)
-    return None if reason is None else f"route_in_kernel=True: {reason}; leave it False"
-
-
-def describe(problem: Problem) -> str:
-    """The module, the packed bytes it reads, its workspace, and how far it was ever run."""
-    module = find(name, _VERSIONS, problem.device_kind)
-    assert not isinstance(module, str)  # unsupported
-    workspace = []
-    if problem.tokens:
-        nbytes = workspace_bytes(module.version, _sizes(problem))
-        workspace = [f"workspace {nbytes / 1e6:.1f} MB"]
-    details = *workspace, *rearranged(problem.experts, name), _EVIDENCE
-    return described(module, problem, *details)
+        raise NotImplementedError(
+            "route_in_kernel=True, but the tokens are routed already: call nvfp4_moe, or leave it "
+            "False"
+        )
+    # One number, in a program that all devices run.
+    reason = "it cannot tell which experts are a device's (axis_name)" if call.axis_name else None
+    if call.router_weight_on_input:
+        reason = reason or "router_weight_on_input needs the weights before it runs"
+    reason = reason or no_router(routing, problem.experts.num_experts)
+    if reason is not None:
+        raise NotImplementedError(f"route_in_kernel=True: {reason}; leave it False")
 
 
 def _sizes(problem: Problem) -> Sizes:
-    """Of the largest call that serves the problem."""
+    """The sizes of the largest call that serves the problem."""
     experts, per_token = problem.experts, problem.experts.activation_scheme == "per_token"
     num_experts = padded_experts(experts.num_experts)
     hidden_size, intermediate_size = padded_sizes(experts, "trtllm")
@@ -132,51 +177,3 @@ def _sizes(problem: Problem) -> Sizes:
         intermediate_size,
         per_token,
     )
-
-
-# ----------------------------------------------------------------------------------------- the call
-
-
-def run(
-    call: Call,
-    x: Float[Array, "T H"],
-    topk_ids: Int32[Array, "T K"],
-    topk_weights: Float32[Array, "T K"],
-    experts: ExpertWeights,
-) -> Float[Array, "T H"]:
-    """The layer's output."""
-    return lax.platform_dependent(
-        x,
-        topk_ids,
-        topk_weights,
-        experts,
-        cuda=partial(run_on, _callee(), call),
-        default=partial(emulation.run, call),
-    )
-
-
-def run_from_logits(
-    call: Call,
-    routing: Routing,
-    x: Float[Array, "T H"],
-    logits: Float[Array, "T E"],
-    bias: Float[Array, " E"] | None,
-    experts: ExpertWeights,
-) -> Float[Array, "T H"]:
-    """The layer's output, routed by the kernel."""
-    return lax.platform_dependent(
-        x,
-        logits,
-        bias,
-        experts,
-        cuda=partial(run_from_logits_on, _callee(), call, routing),
-        default=partial(emulation.run_from_logits, call, routing),
-    )
-
-
-def _callee() -> Callee:
-    """FlashInfer's function for the device that is being traced for."""
-    module = find(name, _VERSIONS, devices.current_kind())
-    assert not isinstance(module, str)  # unsupported
-    make_ready(module)
-    return Callee(module.name, module.version)

@@ -104,14 +104,14 @@ def packed(
 
 
 def from_logits(
-    logits: Float[Array, "T E"], routing: Routing, bias: Float[Array, " E"] | None
+    logits: Float[Array, "T E"], routing: Routing, selection_bias: Float[Array, " E"] | None
 ) -> dict[str, Argument]:
     """The arguments for tokens that the kernel is to route.
 
     Args:
         logits: the router's output, over experts that are all held here.
         routing: how.
-        bias: the selection bias, or None.
+        selection_bias: [E], or None.
 
     Raises:
         ValueError: there is no such router.
@@ -120,9 +120,10 @@ def from_logits(
     if (reason := no_router(routing, num_experts)) is not None:
         raise ValueError(f"the kernel cannot route: {reason}")
     corrected, grouped = routing.method in ("deepseek_v3", "minimax2"), routing.n_group > 1
-    if corrected:
-        # Without groups a missing one would be read all the same.
-        bias = jnp.zeros(num_experts) if bias is None else bias
+    bias = selection_bias
+    if corrected and bias is None:
+        # Without groups the kernel reads a bias in any case.
+        bias = jnp.zeros(num_experts)
     return {
         "routing_input_mode": _FROM_LOGITS,
         "routing_logits": logits.astype(jnp.float32),

@@ -38,19 +38,19 @@ class OutputScales(NamedTuple):
 def weight_arguments(
     activation: Activation,
     experts: ExpertWeights,
-    input_scale: Float32[Array, ""],
-    hidden_scale: Float32[Array, ""],
+    w13_input_scale: Float32[Array, ""],
+    w2_input_scale: Float32[Array, ""],
 ) -> dict[str, Argument]:
     """The arguments that are the same for all tokens.
 
     Args:
         activation: between the two GEMMs.
         experts: in the layout "trtllm".
-        input_scale: decode scale of GEMM1's activations, or 1 where each token has its own.
-        hidden_scale: decode scale of GEMM2's activations, or 1 likewise.
+        w13_input_scale: decode scale of GEMM1's activations, or 1 where each token has its own.
+        w2_input_scale: decode scale of GEMM2's activations, or 1 likewise.
     """
-    sums = _sum_scales(activation, experts, input_scale)
-    scales = output_scales(experts, sums, hidden_scale)
+    sums = experts.w13.global_scale * w13_input_scale
+    scales = output_scales(experts, sums, w2_input_scale)
     return {
         "gemm1_weights": experts.w13.data,
         "gemm1_weights_scale": experts.w13.scale,
@@ -76,41 +76,29 @@ def finite_limit(activation: Activation) -> float | None:
     return None if activation.limit == math.inf else activation.limit
 
 
-def _sum_scales(
-    activation: Activation, experts: ExpertWeights, input_scale: Float32[Array, ""]
-) -> Float32[Array, "E G"]:
-    """What GEMM1's sums are in units of, gate's and up's."""
-    sums = experts.w13.global_scale * input_scale
-    if finite_limit(activation) is None:
-        return sums
-    # One limit clamps both halves' sums, so that they must be in the same unit. Inside jit nobody
-    # can be told: a result of NaN is seen, one of wrong numbers is not.
-    return jnp.where(sums[:, :1] == sums[:, 1:], sums, jnp.nan)
-
-
 def output_scales(
-    experts: ExpertWeights, sums: Float32[Array, "E G"], hidden_scale: Float32[Array, ""]
+    experts: ExpertWeights, sums: Float32[Array, "E S"], w2_input_scale: Float32[Array, ""]
 ) -> OutputScales:
     """The scales that the kernel's epilogues apply.
 
-    The activation's output is stored divided by `hidden_scale`. It is linear in the up half, whose
-    scale takes the division along; without gates the division stands alone.
+    The activation's output is stored divided by `w2_input_scale`. It is linear in the up half, so
+    the division is folded into that half's scale; without gates the division is a scale of its own.
 
     Args:
         experts: of whose w2 the global scales are folded in.
-        sums: decode scales of GEMM1's sums: of gate and up, or of up alone.
-        hidden_scale: decode scale of GEMM2's activations.
+        sums: decode scales of GEMM1's sums: S = 1, or S = 2 for gate and up apart.
+        w2_input_scale: decode scale of GEMM2's activations.
     """
-    encode = reciprocal(hidden_scale)
-    down = experts.w2.global_scale * hidden_scale
-    up = sums[:, 1] * encode if experts.gated else jnp.broadcast_to(encode, down.shape)
+    encode = reciprocal(w2_input_scale)
+    down = experts.w2.global_scale * w2_input_scale
+    up = sums[:, -1] * encode if experts.gated else jnp.broadcast_to(encode, down.shape)
     return OutputScales(up, sums[:, 0], down)
 
 
 def _epilogue(
     activation: Activation,
     experts: ExpertWeights,
-    sums: Float32[Array, "E G"],
+    sums: Float32[Array, "E S"],
     down: Float32[Array, " E"],
 ) -> dict[str, Array | None]:
     """Biases and the activation's parameters, which but for alpha act on sums without scales."""
@@ -118,7 +106,8 @@ def _epilogue(
     bias1 = bias2 = None
     if experts.w13_bias is not None:
         extra = intermediate_size - experts.intermediate_size
-        bias = experts.w13_bias.reshape(*sums.shape, experts.intermediate_size)
+        groups = 2 if experts.gated else 1
+        bias = experts.w13_bias.reshape(len(sums), groups, experts.intermediate_size)
         bias = jnp.pad(bias / sums[..., None], ((0, 0), (0, 0), (0, extra)))
         order = w13_row_order("trtllm", intermediate_size, gated=experts.gated)
         bias1 = bias.reshape(len(bias), -1)[:, order]

@@ -1,0 +1,31 @@
+"""Helpers for calls inside `jax.shard_map`, where a device holds a share of the experts."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int32
+
+from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.implementations.base import Call
+
+
+def local_ids(
+    call: Call, topk_ids: Int32[Array, "T K"], experts: ExpertWeights
+) -> Int32[Array, "T K"]:
+    """Returns ids among the experts held here; those of other devices are out of range."""
+    if call.axis_name is None:
+        return topk_ids
+    return topk_ids - lax.axis_index(call.axis_name) * experts.num_experts
+
+
+def varying_zeros(shape: tuple[int, ...], dtype: jnp.dtype, *sources: object) -> Array:
+    """Returns zeros that vary over the mesh axes that `sources` vary over, to start a loop from.
+
+    Inside shard_map the type of a loop's carry must not change; JAX 0.10 and 0.12 spell the cast
+    differently, so the type is taken from an operation that involves every source.
+    """
+    never = jnp.zeros((), jnp.bool_)
+    for leaf in jax.tree.leaves(sources):
+        if leaf.dtype != jnp.float8_e4m3fn:
+            never = never | ((leaf.reshape(-1)[0] != 0) & False)
+    return jnp.broadcast_to(never, shape).astype(dtype)
