@@ -188,8 +188,7 @@ def as_taken(name, activation, experts):
     limit = nvm.Activation.of(activation).limit
     if layout_of(name) != "cute_dsl" and limit in (None, np.inf):
         return experts
-    scale = experts.w13.global_scale
-    return _w13(experts, global_scale=jnp.broadcast_to(scale[:, :1], scale.shape))
+    return _w13(experts, global_scale=experts.w13.global_scale[:, :1])
 
 
 def layer_of(name, case):
@@ -242,8 +241,9 @@ def swapped_gate_and_up(experts):
     def swap(leaf):
         return jnp.concatenate(jnp.split(leaf, 2, axis=1)[::-1], axis=1)
 
-    w13 = jax.tree.map(swap, experts.w13)
-    return _w13(experts, data=w13.data, scale=w13.scale, global_scale=w13.global_scale)
+    w13 = experts.w13
+    scale = w13.global_scale[:, ::-1]  # [E, 1] or [E, 2]
+    return _w13(experts, data=swap(w13.data), scale=swap(w13.scale), global_scale=scale)
 
 
 def swapped_nibbles(experts):
@@ -330,14 +330,13 @@ def check_router(name, case: models.Routed):
         logits,
         ready,
         case.routing,
-        bias=bias,
+        selection_bias=bias,
         activation=case.activation,
-        implementation=NATIVE.get(name, name),
-        route_in_kernel=True,
+        implementation=nvm.Trtllm(route_in_kernel=True),
     )
     if problem := finite(got.astype(jnp.float32)):
         return "failed", problem, {}
-    ids, weights = nvm.route(logits, case.routing, bias=bias)
+    ids, weights = nvm.route(logits, case.routing, selection_bias=bias)
     want = models.expected_of(layer, (x, ids, weights, experts))
     slack = sum_error(name, case.routing.top_k)
     status, numbers = against_emulation(got.astype(jnp.float32), want, slack)

@@ -87,7 +87,9 @@ class Emulation(Ours):
         if reference == "layer":
             return self.function, self.weights
         if reference == "vllm":
-            return functools.partial(self.function, numerics="vllm"), self.weights
+            return functools.partial(
+                self.function, implementation=nvm.Emulation("vllm")
+            ), self.weights
         unquantised = [
             dataclasses.replace(
                 experts, activation_scheme="none", w13_input_scale=None, w2_input_scale=None

@@ -38,7 +38,7 @@ def compile_layer(target, tokens, scheme, numerics, dtype="bfloat16", **sizes):
     layer = experts(scheme, **sizes)
     return compile_for(
         target,
-        lambda *args: nvm.nvfp4_moe_routed(*args, numerics=numerics, implementation="emulation"),
+        lambda *args: nvm.nvfp4_moe_routed(*args, implementation=nvm.Emulation(numerics)),
         shape(tokens, layer.hidden_size, dtype=dtype),
         shape(tokens, TOP_K, dtype="int32"),
         shape(tokens, TOP_K),

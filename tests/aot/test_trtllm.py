@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from jax_nvfp4_moe.bridge import library
-from jax_nvfp4_moe.implementations.trtllm.call import Callee, run_on
+from jax_nvfp4_moe.implementations.trtllm.call import Function, run_routed
 from jax_nvfp4_moe.implementations.trtllm.sizes import Sizes, workspace_bytes
 from tests.recording_cuda.cases import Case
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.aot
 
 LAYERS = 6
 CASE = Case(16, 8, 128, 2048, 768)
-CALLEE = Callee("trtllm-0.6.13", "0.6.13")
+FUNCTION = Function("trtllm-0.6.13", "0.6.13")
 
 
 def compile_layers(**options):
@@ -30,7 +30,7 @@ def compile_layers(**options):
 
     def run(x, ids, weights, *layers):
         for experts in layers:
-            x = x + run_on(CALLEE, CASE.call(), x, ids, weights, experts)
+            x = x + run_routed(FUNCTION, CASE.call(), x, ids, weights, experts)
         return x
 
     *tokens, experts = jax.eval_shape(CASE.arguments)
@@ -60,7 +60,7 @@ def test_without_command_buffers_there_are_none():
 
 
 def test_the_workspace_is_a_temporary_that_is_used_again(layers):
-    one = workspace_bytes(CALLEE.version, Sizes(16, 8, 132, 128, 2048, 768, per_token=False))
+    one = workspace_bytes(FUNCTION.version, Sizes(16, 8, 132, 128, 2048, 768, per_token=False))
     assert one < layers.temp_bytes < 1.5 * one
 
 

@@ -98,8 +98,12 @@ def test_calibration(rng, tmp_path):
         rows = x[(np.asarray(ids) == expert).any(1)].astype(np.float64)
         a, b = rows @ gate[expert].T, rows @ up[expert].T
         hidden = a / (1 + np.exp(-a)) * b
-        np.testing.assert_allclose(loaded.w13_input_scale[expert], abs(rows).max() / 2688, rtol=1e-6)
-        np.testing.assert_allclose(loaded.w2_input_scale[expert], abs(hidden).max() / 2688, rtol=1e-4)
+        np.testing.assert_allclose(
+            loaded.w13_input_scale[expert], abs(rows).max() / 2688, rtol=1e-6
+        )
+        np.testing.assert_allclose(
+            loaded.w2_input_scale[expert], abs(hidden).max() / 2688, rtol=1e-4
+        )
     # Control: scales are those of each expert, not one for all.
     assert np.unique(np.asarray(loaded.w2_input_scale)).size == E
 

@@ -101,8 +101,12 @@ def test_convert_there_and_back(directory, tmp_path):
                 same((a.data, a.scale), (b.data, b.scale))
                 np.testing.assert_array_max_ulp(a.global_scale, b.global_scale, 1)
             if first.activation_scheme == "static":
-                np.testing.assert_array_max_ulp(first.w13_input_scale, layer.experts.w13_input_scale, 1)
-                np.testing.assert_array_max_ulp(first.w2_input_scale, layer.experts.w2_input_scale, 1)
+                np.testing.assert_array_max_ulp(
+                    first.w13_input_scale, layer.experts.w13_input_scale, 1
+                )
+                np.testing.assert_array_max_ulp(
+                    first.w2_input_scale, layer.experts.w2_input_scale, 1
+                )
     assert set(one.tensors) == set(other.tensors) == set(third.tensors)
 
 

@@ -101,7 +101,7 @@ def assert_holds(experts, gate, up, down):
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_each_matrix_is_quantised_by_itself(gated, rng):
     gate, up, down = matrices(rng, gated=gated)
-    experts = nvm.quantize_experts(gate, up, down)
+    experts = nvm.quantize_experts(gate, up, down, separate_scales=True)
     assert_holds(experts, gate, up, down)
     assert experts.gated is gated
     assert (experts.num_experts, experts.hidden_size, experts.intermediate_size) == (3, 64, 32)
@@ -119,29 +119,32 @@ def test_each_matrix_is_quantised_by_itself(gated, rng):
 
 def test_gate_and_up_with_one_scale(rng):
     gate, up, down = matrices(rng)
-    experts = nvm.quantize_experts(3 * gate, up, down, shared_scale=True)
+    experts = nvm.quantize_experts(3 * gate, up, down)
     for index in range(3):
         both = nvm.quantize(jnp.concatenate([3 * gate[index], up[index]]))
         np.testing.assert_array_equal(experts.w13.data[index], both.data)
         np.testing.assert_array_equal(experts.w13.scale[index], both.scale)
     scale = np.asarray(experts.w13.global_scale)
-    np.testing.assert_array_equal(scale[:, 0], scale[:, 1])
-    own = np.asarray(nvm.quantize_experts(3 * gate, up, down).w13.global_scale)
+    assert scale.shape == (3, 1)
+    assert not experts.separate_scales
+    separate = nvm.quantize_experts(3 * gate, up, down, separate_scales=True)
+    assert separate.separate_scales
+    own = np.asarray(separate.w13.global_scale)
     np.testing.assert_array_equal(scale[:, 0], own.max(axis=1))
     assert (own[:, 0] != own[:, 1]).all()
-    bare = [nvm.quantize_experts(None, up, down, shared_scale=each) for each in (False, True)]
+    bare = [nvm.quantize_experts(None, up, down, separate_scales=each) for each in (False, True)]
     np.testing.assert_array_equal(bare[0].w13.global_scale, bare[1].w13.global_scale)
 
 
 def test_rows_are_gate_then_up(rng):
     gate, up, down = matrices(rng)
-    experts = nvm.quantize_experts(gate, up, down)
+    experts = nvm.quantize_experts(gate, up, down, separate_scales=True)
     values = np.asarray(nvm.dequantize(experts.w13, jnp.float32))
     for half, matrix in ((values[:, :32], gate), (values[:, 32:], up)):
         error = np.linalg.norm(half - matrix, axis=(1, 2)) / np.linalg.norm(matrix, axis=(1, 2))
         assert (error < 0.15).all()
     with pytest.raises(AssertionError):
-        assert_holds(nvm.quantize_experts(up, gate, down), gate, up, down)
+        assert_holds(nvm.quantize_experts(up, gate, down, separate_scales=True), gate, up, down)
 
 
 def test_gate_and_up_keep_their_own_global_scales(rng):
@@ -522,7 +525,9 @@ def test_select(size, shape, layout, rng):
 
 def test_select_keeps_scalar_scales(rng):
     experts = dataclasses.replace(
-        random_experts(rng, biases=False), w13_input_scale=jnp.float32(2), w2_input_scale=jnp.float32(3)
+        random_experts(rng, biases=False),
+        w13_input_scale=jnp.float32(2),
+        w2_input_scale=jnp.float32(3),
     )
     got = select(experts, jnp.array([2, 0]))
     assert (got.w13_input_scale, got.w2_input_scale, got.w13_bias) == (2, 3, None)

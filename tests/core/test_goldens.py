@@ -129,7 +129,9 @@ def test_layer(name, jit, form, golden):
     arguments = layer(data)
     with jax.disable_jit(not jit):
         got = nvm.nvfp4_moe_routed(
-            *arguments, numerics="vllm", router_weight_on_input=name.endswith("rw1")
+            *arguments,
+            implementation=nvm.Emulation("vllm"),
+            router_weight_on_input=name.endswith("rw1"),
         )
     assert got.dtype == jnp.bfloat16
     assert passes(got, bf16(data["out"]))
@@ -139,8 +141,10 @@ def test_layer(name, jit, form, golden):
 def test_layer_in_other_layouts(target, golden):
     data = golden(f"{LAYERS[0]}_triton")
     *tokens, experts = layer(data)
-    want = nvm.nvfp4_moe_routed(*tokens, experts, numerics="vllm")
-    got = nvm.nvfp4_moe_routed(*tokens, nvm.prepare(experts, target), numerics="vllm")
+    want = nvm.nvfp4_moe_routed(*tokens, experts, implementation=nvm.Emulation("vllm"))
+    got = nvm.nvfp4_moe_routed(
+        *tokens, nvm.prepare(experts, target), implementation=nvm.Emulation("vllm")
+    )
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
@@ -226,7 +230,9 @@ MISTAKES = {
 def test_mistakes_fail(mistake, golden):
     data = golden("moe0_silu_rw0_triton")
     *tokens, experts = layer(data)
-    got = nvm.nvfp4_moe_routed(*tokens, MISTAKES[mistake](experts), numerics="vllm")
+    got = nvm.nvfp4_moe_routed(
+        *tokens, MISTAKES[mistake](experts), implementation=nvm.Emulation("vllm")
+    )
     assert not passes(got, bf16(data["out"]))
 
 
@@ -234,12 +240,16 @@ def test_weight_applied_twice_or_late_fails(golden):
     data = golden("moe0_silu_rw0_triton")
     x, ids, weights, experts = layer(data)
     want = bf16(data["out"])
-    twice = nvm.nvfp4_moe_routed(x, ids, weights**2, experts, numerics="vllm")
+    twice = nvm.nvfp4_moe_routed(x, ids, weights**2, experts, implementation=nvm.Emulation("vllm"))
     assert not passes(twice, want)
     # After the rounding to bfloat16 instead of before it: only a gate on bits can see this.
     rows = [
         nvm.nvfp4_moe_routed(
-            x, ids[:, slot, None], jnp.ones_like(weights[:, :1]), experts, numerics="vllm"
+            x,
+            ids[:, slot, None],
+            jnp.ones_like(weights[:, :1]),
+            experts,
+            implementation=nvm.Emulation("vllm"),
         ).astype(jnp.float32)
         for slot in range(ids.shape[1])
     ]
@@ -252,6 +262,6 @@ def test_weight_applied_twice_or_late_fails(golden):
 
 def test_kernel_preset_is_another_arithmetic(golden):
     data = golden("moe2_silu_rw0_triton")
-    got = nvm.nvfp4_moe_routed(*layer(data), numerics="kernel")
+    got = nvm.nvfp4_moe_routed(*layer(data), implementation="emulation")
     error = oracle.relative_l2(got, bf16(data["out"]))
     assert 1e-3 < error < 5e-2

@@ -192,7 +192,7 @@ def test_vllm_numerics(rng):
     """Those round more, and where they do the gradient passes: near, not equal."""
     layer = layer_of(rng)
     g = cotangent_of(layer, rng)
-    got = gradients(layer, forward, g, numerics="vllm")
+    got = gradients(layer, forward, g, implementation=nvm.Emulation("vllm"))
     for mine, want, near in zip(got, gradients(layer, reference, g), (0.02, 0.1), strict=True):
         assert oracle.relative_l2(mine, want) < near
 

@@ -1,7 +1,6 @@
 """The layer under JAX's transforms, over a mesh, and what its options mean or refuse."""
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe import selection
 from jax_nvfp4_moe.bridge import library
+from jax_nvfp4_moe.implementations.base import Implementation, Plan, first_reason
 from tests.support import oracle
 from tests.support.conformance import DTYPES, Case, check, make_layer, reference
 
@@ -53,17 +53,19 @@ def pick(tree, index):
 # ------------------------------------------------------------------------------------- router
 
 
-@pytest.mark.parametrize("options", [{}, {"numerics": "vllm", "output_dtype": jnp.float32}])
+@pytest.mark.parametrize(
+    "options", [{}, {"implementation": nvm.Emulation("vllm"), "output_dtype": jnp.float32}]
+)
 def test_the_layer_is_its_router_and_its_experts(options, rng):
     layer = layer_of(rng)
     x, *_ = arrays(layer)
     logits = jnp.asarray(rng.normal(size=(SMALL, 4)).astype(np.float32))
     bias = jnp.asarray(rng.normal(size=4).astype(np.float32))
     routing = nvm.Routing("deepseek_v3", top_k=2, scaling_factor=2.5)
-    got = nvm.nvfp4_moe(x, logits, layer.experts, routing, bias=bias, **options)
-    ids, weights = nvm.route(logits, routing, bias=bias)
+    got = nvm.nvfp4_moe(x, logits, layer.experts, routing, selection_bias=bias, **options)
+    ids, weights = nvm.route(logits, routing, selection_bias=bias)
     same(got, nvm.nvfp4_moe_routed(x, ids, weights, layer.experts, **options))
-    differs(nvm.nvfp4_moe(x, -logits, layer.experts, routing, bias=bias, **options), got)
+    differs(nvm.nvfp4_moe(x, -logits, layer.experts, routing, selection_bias=bias, **options), got)
 
 
 # ------------------------------------------------------------------------------------- jit
@@ -367,7 +369,7 @@ def test_scan_over_layers_is_a_loop(tokens, scheme, rng):
 def test_router_weight_on_input(tokens, dtype, scheme, numerics, rng):
     given = {"dtype": dtype, "scheme": scheme}
     layer = layer_of(rng, tokens, top_k=1, method="llama4", on_input=True, **given)
-    options = {"numerics": numerics, "output_dtype": jnp.float32}
+    options = {"implementation": nvm.Emulation(numerics), "output_dtype": jnp.float32}
     x, ids, weights = arrays(layer)
     got = nvm.nvfp4_moe_routed(
         x, ids, weights, layer.experts, router_weight_on_input=True, **options
@@ -392,12 +394,27 @@ def test_router_weight_on_input_needs_one_expert(rng):
 ABSENT = "not today"
 
 
+class FakePlan(Plan):
+    def describe(self):
+        return f"{self.problem.tokens} tokens, {self.problem.call.activation.name}"
+
+    def run(self, x, routed, experts):
+        raise AssertionError
+
+
 def fake(name, refusal=None):
-    return types.SimpleNamespace(
-        name=name,
-        unsupported=lambda problem: refusal,
-        describe=lambda problem: f"{problem.tokens} tokens, {problem.call.activation.name}",
-    )
+    """An implementation of that name, for the same devices, that refuses or plans."""
+    real = type(selection.IMPLEMENTATIONS[name])
+
+    def plan(self, problem):
+        first_reason((refusal is not None, refusal))
+        return FakePlan(self, problem)
+
+    class Fake(Implementation):
+        needs, device_words, _plan = real.needs, real.device_words, plan
+
+    Fake.name = name
+    return Fake()
 
 
 @pytest.fixture
@@ -405,7 +422,7 @@ def only_emulation(monkeypatch):
     """A package that carries nothing but the emulation."""
     found = {name: fake(name, ABSENT) for name in selection.IMPLEMENTATIONS}
     found["emulation"] = selection.IMPLEMENTATIONS["emulation"]
-    monkeypatch.setattr(selection, "IMPLEMENTATIONS", types.MappingProxyType(found))
+    monkeypatch.setattr(selection, "IMPLEMENTATIONS", found)
 
 
 def test_named_implementations(only_emulation, rng):
@@ -436,14 +453,10 @@ def test_named_implementations(only_emulation, rng):
 )
 def test_vllm_numerics_are_of_static_scales_without_biases(changes, reason, rng):
     layer = layer_of(rng, **changes)
-    for implementation, error in ((None, ValueError), ("emulation", NotImplementedError)):
-        with pytest.raises(error, match=reason):
-            nvm.nvfp4_moe_routed(
-                *arrays(layer), layer.experts, numerics="vllm", implementation=implementation
-            )
-    routing = nvm.Routing("renormalize", top_k=2)
-    with pytest.raises(ValueError, match=reason):
-        nvm.explain(layer.experts, routing, tokens=3, numerics="vllm")
+    with pytest.raises(NotImplementedError, match=reason):
+        nvm.nvfp4_moe_routed(
+            *arrays(layer), layer.experts, implementation=nvm.Emulation(numerics="vllm")
+        )
 
 
 # ------------------------------------------------------------------------------------- explain
@@ -506,7 +519,7 @@ def test_the_first_that_can_serve_is_used(monkeypatch, rng):
     found = dict(selection.IMPLEMENTATIONS)
     found |= {"trtllm": fake("trtllm", "H is odd"), "cute_dsl": fake("cute_dsl")}
     found |= {"triton": fake("triton"), "cpu": fake("cpu")}
-    monkeypatch.setattr(selection, "IMPLEMENTATIONS", types.MappingProxyType(found))
+    monkeypatch.setattr(selection, "IMPLEMENTATIONS", found)
     report = nvm.explain(
         abstract_experts(), nvm.Routing("topk", 2), tokens=5, device_kind="NVIDIA B200"
     )
@@ -592,13 +605,14 @@ def test_split_experts_give_the_same_bits(tokens, devices, check_vma, scheme, nu
     layer = dataclasses.replace(layer, ids=ids)
     experts = uneven(layer)
     x, ids, weights = arrays(layer)
-    want = nvm.nvfp4_moe_routed(x, ids, weights, experts, numerics=numerics)
+    options = {"implementation": nvm.Emulation(numerics) if numerics == "vllm" else None}
+    want = nvm.nvfp4_moe_routed(x, ids, weights, experts, **options)
     mesh = mesh_of(expert=devices)
-    call = jax.jit(split(experts, mesh, check_vma=check_vma, numerics=numerics))
+    call = jax.jit(split(experts, mesh, check_vma=check_vma, **options))
     same(call(x, ids, weights, experts), want)
     if scheme == "static":  # as a device would compute without asking the others
         alone = dataclasses.replace(experts, w13_input_scale=experts.w13_input_scale[:2].max())
-        differs(nvm.nvfp4_moe_routed(x, ids, weights, alone, numerics=numerics), want)
+        differs(nvm.nvfp4_moe_routed(x, ids, weights, alone, **options), want)
 
 
 def test_prepared_experts_split(rng):

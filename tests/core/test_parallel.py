@@ -58,11 +58,17 @@ def test_router_and_layouts(target, rng):
     x, logits = jnp.asarray(layer.x), jnp.asarray(rng.normal(size=(12, 8)), jnp.float32)
     bias = jnp.asarray(rng.normal(size=8), jnp.float32)
     routing = nvm.Routing("deepseek_v3", top_k=2, n_group=4, topk_group=2, scaling_factor=2.5)
-    want = nvm.nvfp4_moe(x, logits, layer.experts, routing, bias=bias)
+    want = nvm.nvfp4_moe(x, logits, layer.experts, routing, selection_bias=bias)
     experts = layer.experts if target == "linear" else nvm.prepare(layer.experts, target)
     mesh = make_mesh("2 data, 2 experts")
     got = parallel.nvfp4_moe(
-        x, logits, parallel.place(experts, mesh), routing, mesh=mesh, bias=bias, data_axis="data"
+        x,
+        logits,
+        parallel.place(experts, mesh),
+        routing,
+        mesh=mesh,
+        selection_bias=bias,
+        data_axis="data",
     )
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 

@@ -62,8 +62,8 @@ def test_matches_the_reference(rng, config, dtype):
     logits = distinct_logits(rng, 33, 16).astype(dtype)
     bias = rng.normal(size=16).astype(dtype) if config in CORRECTED else None
     want = reference.route(logits, config, bias)
-    assert_routed(route(logits, config, bias=bias), want)
-    assert_routed(route_jit(jnp.asarray(logits), config, bias=bias), want)
+    assert_routed(route(logits, config, selection_bias=bias), want)
+    assert_routed(route_jit(jnp.asarray(logits), config, selection_bias=bias), want)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,9 @@ def test_matches_the_reference(rng, config, dtype):
 def test_real_models(rng, experts, config):
     logits = distinct_logits(rng, 5, experts)
     bias = rng.normal(size=experts).astype(np.float32) if config.method in BIASED else None
-    assert_routed(route_jit(logits, config, bias=bias), reference.route(logits, config, bias))
+    assert_routed(
+        route_jit(logits, config, selection_bias=bias), reference.route(logits, config, bias)
+    )
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name)
@@ -142,7 +144,7 @@ def test_any_groups(data):
     pairs = np.sort(scores.reshape(4, n_group, size), axis=-1)[..., -2:].sum(axis=-1)
     for values in (scores, pairs):  # near ties, which float32 may rank otherwise
         hypothesis.assume((np.diff(np.sort(values, axis=-1)) > 1e-5).all())
-    ids, weights = route_jit(logits, config, bias=bias)
+    ids, weights = route_jit(logits, config, selection_bias=bias)
     assert_routed((ids, weights), reference.route(logits, config, bias))
     for row in np.asarray(ids):
         assert len({*row.tolist()}) == top_k
@@ -153,7 +155,7 @@ def test_unselected_groups_lose_to_negative_scores():
     logits = np.array([[0, 0, 1, 2, 3, 4, 1, 0]], np.float32)
     bias = np.full(8, -10, np.float32)  # as GLM's bias may be: every ranked score is negative
     config = Routing("deepseek_v3", 3, n_group=4, topk_group=2)
-    got = route(logits, config, bias=bias)
+    got = route(logits, config, selection_bias=bias)
     np.testing.assert_array_equal(got[0], [[5, 4, 3]])
     assert_routed(got, reference.route(logits, config, bias))
     with pytest.raises(AssertionError):  # control: 0, not -inf, for the other groups
@@ -170,13 +172,13 @@ def test_zeros_are_ordered_by_sign():
 def test_bias_only_selects(rng, config):
     logits = distinct_logits(rng, 16, 16)
     bias = rng.normal(size=16).astype(np.float32)
-    got = route(logits, config, bias=bias)
+    got = route(logits, config, selection_bias=bias)
     assert_routed(got, reference.route(logits, config, bias))
     with pytest.raises(AssertionError):
         assert_routed(got, reference.route(logits, config, bias, biased_weights=True))
     with pytest.raises(AssertionError):
         assert_routed(got, reference.route(logits, config))
-    zeros = route(logits, config, bias=np.zeros(16, np.float32))
+    zeros = route(logits, config, selection_bias=np.zeros(16, np.float32))
     jax.tree.map(np.testing.assert_array_equal, route(logits, config), zeros)
 
 
@@ -185,9 +187,9 @@ def test_huge_bias(rng, config):
     # Far enough apart that the bias alone selects: no sigmoid is left beside it in float32.
     bias = (rng.permutation(16) * 1e4 + 1e4).astype(np.float32)
     for logits in (distinct_logits(rng, 4, 16), distinct_logits(rng, 4, 16) - 35):
-        got = route_jit(logits, config, bias=bias)
+        got = route_jit(logits, config, selection_bias=bias)
         assert_routed(got, reference.route(logits, config, bias))
-    _, weights = route_jit(jnp.full((4, 16), -1e3), config, bias=bias)
+    _, weights = route_jit(jnp.full((4, 16), -1e3), config, selection_bias=bias)
     np.testing.assert_array_equal(weights, np.zeros_like(weights))
 
 
@@ -249,7 +251,9 @@ def test_gradient_of_vanishing_sums_is_finite(rng, config):
 def test_no_gradient_through_the_bias(rng):
     config = Routing("deepseek_v3", 2)
     logits = jnp.asarray(distinct_logits(rng, 4, 8))
-    gradient = jax.grad(lambda b: route(logits, config, bias=b)[1][:, 0].sum())(jnp.ones(8))
+    gradient = jax.grad(lambda b: route(logits, config, selection_bias=b)[1][:, 0].sum())(
+        jnp.ones(8)
+    )
     np.testing.assert_array_equal(gradient, np.zeros(8))
 
 
@@ -258,7 +262,7 @@ def test_x64(rng, config):
     logits = distinct_logits(rng, 4, 8)
     bias = rng.normal(size=8).astype(np.float32) if config in CORRECTED else None
     with jax.enable_x64(True):
-        got = route_jit(jnp.asarray(logits, jnp.bfloat16), config, bias=bias)
+        got = route_jit(jnp.asarray(logits, jnp.bfloat16), config, selection_bias=bias)
         assert_routed(got, reference.route(logits, config, bias))
 
 
@@ -275,7 +279,7 @@ def test_methods_differ(rng, method):
     for other in METHODS:
         k = 1 if "llama4" in (method, other) else 3
         biases = [bias if m in BIASED else None for m in (method, other)]
-        got = route(logits, Routing(method, k), bias=biases[0])
+        got = route(logits, Routing(method, k), selection_bias=biases[0])
         want = reference.route(logits, Routing(other, k), bias=biases[1])
         if other == method or {method, other} in same:
             assert_routed(got, want)
@@ -369,7 +373,7 @@ GROUPED = Routing("deepseek_v3", 4, n_group=4, topk_group=1)
 )  # fmt: skip
 def test_bad_arguments(logits, routing, bias, error, message):
     with pytest.raises(error, match=message):
-        route(logits, routing, bias=bias)
+        route(logits, routing, selection_bias=bias)
     if error is ValueError:  # and at trace time, from shapes alone
         with pytest.raises(error, match=message):
-            jax.eval_shape(lambda x, b: route(x, routing, bias=b), logits, bias)
+            jax.eval_shape(lambda x, b: route(x, routing, selection_bias=b), logits, bias)

@@ -116,11 +116,11 @@ def test_other_initial_weights():
 
 
 def test_options_are_attributes(rng):
-    model = Nvfp4MoE.from_layer(full_layer("static"), numerics="vllm")
+    model = Nvfp4MoE.from_layer(full_layer("static"), implementation=nvm.Emulation("vllm"))
     x = tokens(rng)
-    with pytest.raises(ValueError, match="numerics='vllm' with biases"):
+    with pytest.raises(NotImplementedError, match="numerics='vllm' with biases"):
         model(x)
-    model.numerics, model.implementation = "kernel", "trtllm"
+    model.implementation = "trtllm"
     with pytest.raises(NotImplementedError, match="trtllm"):
         model(x)
     model.implementation = nvm.CuteDsl(deterministic=True)

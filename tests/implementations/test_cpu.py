@@ -59,10 +59,8 @@ def test_without_the_library_the_emulation_serves(monkeypatch, rng):
 
 def test_the_vllm_preset_is_left_to_the_emulation(rng):
     layer = make_layer(Case(), rng)
-    with pytest.raises(NotImplementedError, match="numerics='vllm': it has those of 'kernel' only"):
-        run(layer, "cpu", numerics="vllm")
-    want = run(layer, "emulation", numerics="vllm")
-    np.testing.assert_array_equal(run(layer, None, numerics="vllm"), want)
+    with pytest.raises(TypeError, match="numerics"):
+        nvm.Cpu(numerics="vllm")
 
 
 def test_levels_that_are_not_there(monkeypatch, rng):

@@ -19,7 +19,7 @@ import pytest
 
 from jax_nvfp4_moe.bridge import cute_dsl
 from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, Tactic, Variant
-from jax_nvfp4_moe.implementations.cute_dsl.call import Callee, run_on
+from jax_nvfp4_moe.implementations.cute_dsl.call import Functions, run_routed
 from tests.recording_cuda import kernel_model
 from tests.recording_cuda.cases import Case, error_of, expected_of, random_arguments
 from tests.support.host import CPU, present_host_as
@@ -200,9 +200,9 @@ CASES = [
 
 @functools.cache
 def program(case, tactic, finalize):
-    callee = Callee("fake", "10.0a", Variant(case.activation, case.scheme, finalize), tactic)
+    functions = Functions("fake", "10.0a", Variant(case.activation, case.scheme, finalize), tactic)
     call = dataclasses.replace(case.call(), output_dtype=jnp.dtype(jnp.float32))
-    return jax.jit(partial(run_on, callee, call))
+    return jax.jit(partial(run_routed, functions, call))
 
 
 CONTROLLED = [CASES[0], CASES[6], CASES[8]]
@@ -224,9 +224,7 @@ def computed(fake):
 def arguments_of(case):
     """Gate and up in one unit, as the kernel has it."""
     x, ids, weights, experts = random_arguments(case)
-    scale = experts.w13.global_scale
-    scale = jnp.broadcast_to(scale[:, :1], scale.shape)
-    w13 = dataclasses.replace(experts.w13, global_scale=scale)
+    w13 = dataclasses.replace(experts.w13, global_scale=experts.w13.global_scale[:, :1])
     weights = weights.astype(jnp.bfloat16).astype(jnp.float32)
     return x, ids, weights, dataclasses.replace(experts, w13=w13)
 
@@ -338,8 +336,8 @@ def test_larger_tiles(computed):
 @pytest.mark.parametrize("tactic", TACTICS["all"][::5], ids=str)
 def test_both_are_called_in_order(tactic, fake):
     case, variant = CASES[0], Variant()
-    callee = Callee("fake", "10.0a", variant, tactic)
-    jax.block_until_ready(jax.jit(partial(run_on, callee, case.call()))(*arguments_of(case)))
+    functions = Functions("fake", "10.0a", variant, tactic)
+    jax.block_until_ready(jax.jit(partial(run_routed, functions, case.call()))(*arguments_of(case)))
     lines = [line for line in fake.journal() if not line.startswith("cuda")]
     names = [f(variant, tactic, "10.0a") for f in (cute_dsl.gemm1, cute_dsl.gemm2)]
     assert lines == [f"{names[0]} of 12", f"{names[1]} of 11"]
@@ -347,8 +345,8 @@ def test_both_are_called_in_order(tactic, fake):
 
 def test_no_tokens(fake):
     case = Case(0, 3, 5, 272, 80, layout="cute_dsl")
-    callee = Callee("fake", "10.0a", Variant(), Tactic())
-    y = jax.jit(partial(run_on, callee, case.call()))(*case.arguments())
+    functions = Functions("fake", "10.0a", Variant(), Tactic())
+    y = jax.jit(partial(run_routed, functions, case.call()))(*case.arguments())
     assert (y.shape, y.dtype) == ((0, 272), jnp.bfloat16)
     assert fake.journal() == []
 

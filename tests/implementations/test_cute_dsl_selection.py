@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +38,8 @@ def add(add_module):
     return add
 
 
-def one_unit(experts):
-    """Gate and up with one global scale."""
-    scale = experts.w13.global_scale
-    w13 = dataclasses.replace(experts.w13, global_scale=jnp.broadcast_to(scale[:, :1], scale.shape))
-    return dataclasses.replace(experts, w13=w13)
-
-
 def prepared(*args, **options):
-    return nvm.prepare(one_unit(layer(*args, **options)), "cute_dsl")
+    return nvm.prepare(layer(*args, **options), "cute_dsl")
 
 
 def reason(experts, device_kind=B200, **options):
@@ -68,7 +62,7 @@ def test_it_has_to_be_built(nothing_built):
 
 def test_explain_says_what_it_does_and_how_far_it_was_run(add):
     add()
-    used, why = reason(one_unit(layer()))
+    used, why = reason(layer())
     assert used
     assert why.startswith("FlashInfer 0.6.13; reads about ")
     assert "Tactic(tile=128, gemm1_n=128, gemm2_n=128, gemm2_cluster_n=1)" in why
@@ -90,7 +84,6 @@ def test_trtllm_comes_first(add, add_module):
 @pytest.mark.parametrize(
     ("version", "make", "options", "expected"),
     [
-        (OLD, prepared, {"numerics": "vllm"}, "numerics='vllm' is the emulation's alone"),
         (NEW, prepared, {"activation": "gelu"}, "activation 'gelu': it has silu, gelu_tanh, "),
         (
             NEW,
@@ -107,7 +100,13 @@ def test_trtllm_comes_first(add, add_module):
         ),
         (OLD, lambda: prepared("per_token"), {}, "build cute_dsl`, with FlashInfer 0.7.2.post1"),
         (OLD, lambda: prepared("none"), {}, "build cute_dsl`, with FlashInfer 0.7.2.post1"),
-        (OLD, layer, {}, "an expert's gate and up have different global scales"),
+        (
+            OLD,
+            lambda: layer(separate_scales=True),
+            {},
+            "gate and up have separate global scales, w13.global_scale [E, 2], and it takes one "
+            "for both: share_scales(experts) makes it [E, 1]",
+        ),
         (
             NEW,
             lambda: dataclasses.replace(
@@ -296,13 +295,6 @@ def test_a_tactic_that_does_not_divide(add):
         nvm.nvfp4_moe(x, logits, experts, ROUTING, implementation=wide)
 
 
-def test_logits(add):
-    """It has no router: JAX routes, asked or not."""
-    add()
-    first, _ = calls_of(exported("cute_dsl", prepared(), route_in_kernel=True))
-    assert first.values == GEMM1
-
-
 def test_where_it_cannot_run(add):
     add()
     (x, logits), experts = tokens(), prepared()
@@ -321,8 +313,53 @@ def test_traced_for_one_device_and_run_on_another(add):
     np.testing.assert_array_equal(got, expected)
 
 
-def test_experts_whose_scales_nobody_can_see(add):
-    """Arguments of a jitted function: gate's and up's scales are compared where it runs."""
+# ------------------------------------------------------------------- separate and shared scales
+
+
+def traced(experts, *, jitted):
+    """The custom calls of a program for a B200, and the choice of `explain`, inside jit or out."""
+    x, logits = tokens()
+    seen = []
+
+    def call(x, logits, experts):
+        report = nvm.explain(experts, ROUTING, tokens=T)
+        seen.append([(choice.name, choice.used, choice.reason) for choice in report.choices])
+        return nvm.nvfp4_moe(x, logits, experts, ROUTING)
+
+    if jitted:
+        made = exported_for(B200, call, x, logits, experts)
+    else:  # the experts are constants: their values can be seen
+        made = exported_for(B200, lambda x, logits: call(x, logits, experts), x, logits)
+    return [call.function for call in calls_of(made)], seen[0]
+
+
+@pytest.mark.parametrize("separate_scales", [False, True])
+def test_the_choice_does_not_depend_on_values(separate_scales, add):
+    """With only cute_dsl built; a layer of equal separate scales is refused like any other."""
     add()
-    experts = nvm.prepare(layer(), "cute_dsl")
-    assert len(calls_of(exported("cute_dsl", experts))) == 2
+    experts = layer(separate_scales=separate_scales)
+    calls, reasons = traced(experts, jitted=True)
+    assert (calls, reasons) == traced(experts, jitted=False)
+    chosen = "triton" if separate_scales else "cute_dsl"
+    assert [name for name, used, _ in reasons if used] == [chosen]
+    assert len(calls) == (0 if separate_scales else 2)
+    if separate_scales:
+        w13 = dataclasses.replace(experts.w13, global_scale=jnp.ones_like(experts.w13.global_scale))
+        equal = dataclasses.replace(experts, w13=w13)
+        assert traced(equal, jitted=False)[1] == reasons
+        why = {name: reason for name, _, reason in reasons}["cute_dsl"]
+        assert "share_scales(experts) makes it [E, 1]" in why
+        shared = nvm.share_scales(experts).experts
+        assert reason(shared)[0]
+
+
+def test_no_implementation_makes_nan():
+    """No sentinel: a kernel that cannot serve a layer refuses it."""
+    folder = Path(nvm.__file__).parent / "implementations"
+    found = [
+        f"{path.name}:{number}"
+        for path in folder.rglob("*.py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"\bnan\b", line.split("#")[0].split('"""')[0])
+    ]
+    assert found == []

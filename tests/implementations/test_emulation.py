@@ -35,8 +35,8 @@ FORMS = {
 def rows_of(layer, form, numerics="kernel", ids=None):
     """[T, K, H]: every pair's row, from one of the forms."""
     dtype = jnp.dtype(layer.x.dtype)
-    call = Call(layer.activation, numerics, dtype, None, layer.case.on_input)
-    recipe = Recipe(call, layer.experts.activation_scheme, dtype)
+    call = Call(layer.activation, dtype, None, layer.case.on_input)
+    recipe = Recipe(call, layer.experts.activation_scheme, dtype, numerics)
     compute = emulation._grouped if form == "grouped" else FORMS[form]
 
     @jax.jit

@@ -14,9 +14,9 @@ import pytest
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe.implementations.trtllm import call as _trtllm_call
 from jax_nvfp4_moe.implementations.trtllm.call import (
-    Callee,
-    run_from_logits_on,
-    run_on,
+    Function,
+    run_routed,
+    run_unrouted,
 )
 from jax_nvfp4_moe.implementations.trtllm.routing import (
     from_logits,
@@ -39,7 +39,7 @@ from tests.recording_cuda.cases import (
 )
 from tests.support.host import CPU, present_host_as
 
-FAKE = Callee("fake", "0.6.13")
+FAKE = Function("fake", "0.6.13")
 
 
 def called(fake):
@@ -51,7 +51,7 @@ def called(fake):
 def given(fake):
     """A function from a case and its arguments to what the function would be given."""
 
-    def given_of(case, arguments, run=run_on, **changes):
+    def given_of(case, arguments, run=run_routed, **changes):
         found = {}
 
         def copy(name, data, size):
@@ -130,7 +130,7 @@ def test_no_tokens(given, fake):
     """The function divides by their number: it is not called."""
     case = Case(0, 3, 5, 272, 80)
     x, ids, weights, experts = Case(1, 3, 5, 272, 80).arguments()
-    run = partial(run_on, FAKE, case.call())
+    run = partial(run_routed, FAKE, case.call())
     y = jax.jit(run)(x[:0], ids[:0], weights[:0], experts)
     assert y.shape == (0, 272)
     assert called(fake) == []
@@ -150,9 +150,11 @@ def test_one_limit_for_two_units(given):
 def test_the_version_decides(fake):
     case = Case(9, 3, 5, 272, 80)
     with pytest.raises(ValueError, match=r"version is '0\.6\.14', expected one of 0\.6\.13, "):
-        jax.eval_shape(partial(run_on, Callee("fake", "0.6.14"), case.call()), *case.arguments())
+        jax.eval_shape(
+            partial(run_routed, Function("fake", "0.6.14"), case.call()), *case.arguments()
+        )
     for version, count in (("0.6.13", 36), ("0.7.2.post1", 43)):
-        run = jax.jit(partial(run_on, Callee("fake", version), case.call()))
+        run = jax.jit(partial(run_routed, Function("fake", version), case.call()))
         jax.block_until_ready(run(*case.arguments()))
         assert called(fake) == [f"trtllm_fp4_block_scale_moe of {count}"]
 
@@ -252,15 +254,15 @@ def test_logits_and_bias_arrive(routing, given):
     logits = 2 * jax.random.normal(jax.random.key(5), (9, 16))
     bias = jax.random.normal(jax.random.key(6), (16,)) if "deep" in routing.method else None
 
-    def run(callee, call, x, logits, bias, experts):
-        return run_from_logits_on(callee, call, routing, x, logits, bias, experts)
+    def run(function, call, x, logits, bias, experts):
+        return run_unrouted(function, call, routing, x, logits, bias, experts)
 
     buffers = given(case, (x, logits, bias, experts), run=run)
     seen = jnp.asarray(buffers["routing_logits"].reshape(9, 16))
     seen_bias = None if bias is None else jnp.asarray(buffers["routing_bias"])
-    ids, weights = nvm.route(seen, routing, bias=seen_bias)
+    ids, weights = nvm.route(seen, routing, selection_bias=seen_bias)
     buffers["topk_ids"] = np.asarray(packed_ids(ids, weights, 16))
-    expected = expected_of(case, (x, *nvm.route(logits, routing, bias=bias), experts))
+    expected = expected_of(case, (x, *nvm.route(logits, routing, selection_bias=bias), experts))
     assert error_of(layer_of(case, buffers), expected) <= 1e-3
     buffers["topk_ids"] = np.asarray(packed_ids(ids[::-1], weights, 16))
     assert error_of(layer_of(case, buffers), expected) > 1e-2
@@ -292,7 +294,7 @@ def test_more_tokens_than_a_call_takes(fake, monkeypatch):
     case = Case(9, 3, 5, 272, 80)
     x, ids, weights, experts = random_arguments(case)
     present_host_as(CPU, 0, copy)
-    y = jax.jit(partial(run_on, FAKE, case.call()))(x, ids, weights, experts)
+    y = jax.jit(partial(run_routed, FAKE, case.call()))(x, ids, weights, experts)
     assert jax.block_until_ready(y).shape == (9, 272)
     assert called(fake) == ["trtllm_fp4_block_scale_moe of 36"] * 3
     # Independent of each other, in any order.
@@ -332,5 +334,5 @@ def test_what_does_not_fit_is_refused(name, fake, monkeypatch):
 
     monkeypatch.setattr(_trtllm_call, "check_arguments", spoil)
     with pytest.raises(ValueError, match=rf"^{name} (is|has) .*expected"):
-        jax.block_until_ready(jax.jit(partial(run_on, FAKE, case.call()))(*case.arguments()))
+        jax.block_until_ready(jax.jit(partial(run_routed, FAKE, case.call()))(*case.arguments()))
     assert called(fake) == []

@@ -38,6 +38,7 @@ from tests.support.abstract_gpu import (
 )
 
 ROUTING = nvm.Routing("renormalize", top_k=K)
+IN_KERNEL = nvm.Trtllm(route_in_kernel=True)
 
 
 @pytest.fixture
@@ -128,7 +129,6 @@ def test_a_spoilt_manifest(nothing_built, tmp_path):
 @pytest.mark.parametrize(
     ("experts", "options", "expected"),
     [
-        (layer, {"numerics": "vllm"}, "numerics='vllm' is the emulation's alone"),
         (
             lambda: layer("none"),
             {},
@@ -156,10 +156,10 @@ def test_a_spoilt_manifest(nothing_built, tmp_path):
             "K is 33: it takes at most 32 experts a token",
         ),
         (
-            layer,
+            lambda: layer(separate_scales=True),
             {"activation": "swiglu_oai"},
-            "an expert's gate and up have different global scales, and one limit clamps both: "
-            "quantize_experts(..., shared_scale=True)",
+            "gate and up have separate global scales, w13.global_scale [E, 2], and one limit "
+            "clamps both: share_scales(experts) makes it [E, 1]",
         ),
         (
             lambda: shapes(2048),
@@ -350,7 +350,7 @@ def test_logits_to_the_kernel(add):
     made = exported_for(
         B200,
         lambda x, logits, experts: nvm.nvfp4_moe(
-            x, logits, experts, routing, bias=jnp.ones(E), route_in_kernel=True
+            x, logits, experts, routing, selection_bias=jnp.ones(E), implementation=IN_KERNEL
         ),
         x,
         logits,
@@ -385,9 +385,8 @@ def test_logits_to_the_kernel(add):
         ),
     ],
 )
-@pytest.mark.parametrize("implementation", [None, "trtllm"])
-def test_a_router_that_is_not_there(routing, options, expected, implementation, add):
-    """It is not replaced in silence by the emulation, which has it."""
+def test_a_router_that_is_not_there(routing, options, expected, add):
+    """The emulation, which has it, does not replace it silently."""
     add("10.0a")
     options = dict(options)
     experts = options.pop("experts", 12)
@@ -398,8 +397,7 @@ def test_a_router_that_is_not_there(routing, options, expected, implementation, 
             logits,
             weights,
             routing,
-            route_in_kernel=True,
-            implementation=implementation,
+            implementation=IN_KERNEL,
             **options,
         )
     assert "route_in_kernel=True" in str(raised.value)
@@ -408,11 +406,12 @@ def test_a_router_that_is_not_there(routing, options, expected, implementation, 
     assert reason(weights, routing)[0]
 
 
-def test_explain_a_router(add):
+def test_tokens_that_are_routed_already(add):
     add("10.0a")
-    assert reason(layer(), route_in_kernel=True)[0]
-    with pytest.raises(NotImplementedError, match="a multiple of 4 experts"):
-        reason(layer(experts=10), route_in_kernel=True)
+    (x, logits), experts = tokens(), layer()
+    expected = "route_in_kernel=True, but the tokens are routed already: call nvfp4_moe"
+    with on(B200), pytest.raises(NotImplementedError, match=expected):
+        nvm.nvfp4_moe_routed(x, *nvm.route(logits, ROUTING), experts, implementation=IN_KERNEL)
 
 
 BIAS = jnp.linspace(-1, 1, E)
@@ -427,20 +426,23 @@ BIAS = jnp.linspace(-1, 1, E)
     ],
     ids=["renormalize", "deepseek_v3", "minimax2"],
 )
-def test_elsewhere_it_is_what_route_does(routing, bias):
+def test_elsewhere_it_is_what_route_does(routing, bias, add):
     """Values and batches bit for bit, gradients as the order of sums leaves them."""
+    add("10.0a")
     (x, logits), experts = tokens(), layer()
     x = x.astype(jnp.float32)
 
     def loss(in_kernel):
         def run(x, logits, bias):
-            y = nvm.nvfp4_moe(x, logits, experts, routing, bias=bias, route_in_kernel=in_kernel)
+            options = {"implementation": IN_KERNEL} if in_kernel else {}
+            y = nvm.nvfp4_moe(x, logits, experts, routing, selection_bias=bias, **options)
             return (y**2).sum(), y
 
         return jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
 
     (_, expected), gradients = loss(False)(x, logits, bias)
-    (_, got), found = jax.jit(loss(True))(x, logits, bias)
+    with on(B200):  # traced for one, run on a CPU
+        (_, got), found = jax.jit(loss(True))(x, logits, bias)
     np.testing.assert_array_equal(got, expected)
     assert float(jnp.abs(gradients[1]).max()) > 0
     for one, other in zip(found, gradients, strict=True):
@@ -448,22 +450,26 @@ def test_elsewhere_it_is_what_route_does(routing, bias):
         assert float(error) < 1e-5
 
     def call(x, logits):
-        return nvm.nvfp4_moe(x, logits, experts, routing, bias=bias, route_in_kernel=True)
+        return nvm.nvfp4_moe(
+            x, logits, experts, routing, selection_bias=bias, implementation=IN_KERNEL
+        )
 
     both = jnp.stack([x, x[::-1]]), jnp.stack([logits, logits[::-1]])
-    np.testing.assert_array_equal(jax.vmap(call)(*both)[1], expected[::-1])
+    with on(B200):
+        got = jax.jit(jax.vmap(call))(*both)
+    np.testing.assert_array_equal(got[1], expected[::-1])
 
 
 def test_no_flag():
     (x, logits), experts = tokens(), layer()
     with pytest.raises(TypeError, match="route_in_kernel is 1, expected True or False"):
-        nvm.nvfp4_moe(x, logits, experts, ROUTING, route_in_kernel=1)
+        nvm.Trtllm(route_in_kernel=1)
     with pytest.raises(ValueError, match=r"bias has shape \(3,\), expected \(8,\)"):
         nvm.nvfp4_moe(
             x,
             logits,
             experts,
             nvm.Routing("minimax2", K),
-            bias=jnp.ones(3),
-            route_in_kernel=True,
+            selection_bias=jnp.ones(3),
+            implementation=IN_KERNEL,
         )

@@ -48,6 +48,11 @@ class Case:
         return self.activation != "relu2"
 
     @property
+    def separate_scales(self) -> bool:
+        """Whether gate and up have global scales of their own: everywhere a kernel takes two."""
+        return self.gated and self.activation != "swiglu_oai" and self.layout != "cute_dsl"
+
+    @property
     def shape(self) -> Shape:
         """What the function is told."""
         hidden, intermediate = layouts.padded_sizes(
@@ -68,7 +73,7 @@ class Case:
         )
 
     def call(self) -> Call:
-        return Call(Activation(self.activation), "kernel", jnp.dtype(jnp.bfloat16), None, False)
+        return Call(Activation(self.activation), jnp.dtype(jnp.bfloat16), None, False)
 
     def experts_of(self, gate: Array | None, up: Array, down: Array) -> nvm.ExpertWeights:
         """Experts of some weights, with scales and biases that are all different."""
@@ -89,6 +94,7 @@ class Case:
             jnp.float32(4 / 2688) if static else None,
             jnp.float32(30 / 2688) if static else None,
             activation_scheme=self.scheme,
+            separate_scales=self.separate_scales,
             **bias,
         )
         return nvm.prepare(experts, "emulation" if self.layout == "linear" else self.layout)

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec  # noqa: E402
 from jax_nvfp4_moe import layouts  # noqa: E402
 from jax_nvfp4_moe.bridge import cute_dsl, library  # noqa: E402
 from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, Tactic, Variant  # noqa: E402
-from jax_nvfp4_moe.implementations.cute_dsl.call import Callee, run_on  # noqa: E402
+from jax_nvfp4_moe.implementations.cute_dsl.call import Functions, run_routed  # noqa: E402
 from tests.support.host import CUDA, present_host_as  # noqa: E402
 
 from .buffers import Buffers  # noqa: E402
@@ -44,8 +44,8 @@ FIRST = ["stream_create", "capture_begin", "launch", "capture_end", "stream_dest
 loaded: set[str] = set()  # functions whose kernels have to be there
 
 
-def callee(tactic: Tactic) -> Callee:
-    return Callee(MODULE, manifest.arch, Variant(), tactic)
+def functions(tactic: Tactic) -> Functions:
+    return Functions(MODULE, manifest.arch, Variant(), tactic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +158,12 @@ def check(case: Case, tactics: tuple[Tactic, ...], arguments: tuple | None = Non
 
     def layers(x: jax.Array, *others: Any) -> jax.Array:
         for tactic in tactics:
-            x = run_on(callee(tactic), case.call(), x, *others)
+            x = run_routed(functions(tactic), case.call(), x, *others)
         return x
 
     program = jax.jit(layers)
     arguments = arguments or case.arguments()
-    functions = [name for tactic in tactics for name in callee(tactic).functions]
+    functions = [name for tactic in tactics for name in functions(tactic).functions]
 
     first = run(program, arguments)
     steps = first.steps
@@ -241,7 +241,7 @@ def check_shares() -> None:
     tactic = Tactic(256, 256, 256, 2)
     program = jax.jit(
         jax.shard_map(
-            partial(run_on, callee(tactic), call),
+            partial(run_routed, functions(tactic), call),
             mesh=mesh,
             in_specs=(everywhere,) * 3 + (split,),
             out_specs=everywhere,
@@ -279,7 +279,7 @@ def check_miswired() -> None:
         assert failed(), names
     cute_dsl.gemm1_parameters = parameters
     assert not failed()
-    found = run(jax.jit(partial(run_on, callee(tactic), case.call())), case.arguments())
+    found = run(jax.jit(partial(run_routed, functions(tactic), case.call())), case.arguments())
     launch, call = found.recording.launches[1], found.calls[0][1]
     addresses = {name: argument.address for name, argument in call.items()}
     sizes = sizes_of(case, tactic)

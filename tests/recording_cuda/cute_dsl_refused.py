@@ -9,7 +9,7 @@ import struct
 from functools import partial
 from typing import Any
 
-from .cute_dsl_from_jit import MODULE, STREAM, callee, main, manifest, run, runtime
+from .cute_dsl_from_jit import MODULE, STREAM, functions, main, manifest, run, runtime
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax_nvfp4_moe.bridge.call import Output
 from jax_nvfp4_moe.bridge.call import call as bridge_call
 from jax_nvfp4_moe.bridge.cute_dsl import Tactic
-from jax_nvfp4_moe.implementations.cute_dsl.call import run_on
+from jax_nvfp4_moe.implementations.cute_dsl.call import run_routed
 from tests.support.host import CPU, CUDA, present_host_as
 
 from .cases import Case
@@ -45,7 +45,7 @@ def second(**changes: Any) -> dict[str, Any]:
 
 def check_arguments() -> None:
     """What does not fit is refused before anything is launched."""
-    function = callee(Tactic()).functions[1]
+    function = functions(Tactic()).functions[1]
     f32, i32, f8 = jnp.float32, jnp.int32, jnp.float8_e4m3fn
     present_host_as(CUDA, STREAM)
 
@@ -91,7 +91,7 @@ def check_arguments() -> None:
 
 def check_driver() -> None:
     """The stand-in refuses what a driver would: so that what it lets pass means something."""
-    program = partial(run_on, callee(Tactic()), Case(4, 2, 4, 256, 64).call())
+    program = partial(run_routed, functions(Tactic()), Case(4, 2, 4, 256, 64).call())
     arguments = Case(4, 2, 4, 256, 64, layout="cute_dsl").arguments()
     name = run(jax.jit(program), arguments).recording.launches[0].name.encode()
     contents = manifest.cute_dsl.module.read_bytes()

@@ -73,10 +73,9 @@ def check_routers() -> None:
                     logits,
                     experts,
                     one.routing,
-                    bias=bias,
+                    selection_bias=bias,
                     activation=one.activation,
-                    implementation="trtllm",
-                    route_in_kernel=True,
+                    implementation=nvm.Trtllm(route_in_kernel=True),
                 )
 
             y = jax.block_until_ready(jax.jit(run)(x, logits, bias, experts))
@@ -97,7 +96,7 @@ def check_a_router_that_is_not_there() -> None:
     logits = jnp.zeros((one.tokens, one.experts))
 
     def run(x, logits, experts):
-        return nvm.nvfp4_moe(x, logits, experts, one.routing, route_in_kernel=True)
+        return nvm.nvfp4_moe(x, logits, experts, one.routing, implementation=ROUTING)
 
     with Buffers() as buffers, b200():
         Host(buffers)
@@ -211,8 +210,8 @@ def check_images(spoil: bool) -> None:
         case = Case(16, 8, 16, 512, 256)
         Host(buffers)
         runtime.clear()
-        callee = _trtllm_call.Callee("spoilt", manifest.flashinfer)
-        run = jax.jit(partial(_trtllm_call.run_on, callee, case.call()))
+        function = _trtllm_call.Function("spoilt", manifest.flashinfer)
+        run = jax.jit(partial(_trtllm_call.run_routed, function, case.call()))
         try:
             jax.block_until_ready(run(*case.arguments()))
         except jax.errors.JaxRuntimeError as error:

@@ -20,7 +20,7 @@ import jax  # noqa: E402
 
 from jax_nvfp4_moe.bridge import library  # noqa: E402
 from jax_nvfp4_moe.implementations.trtllm import call as _trtllm_call  # noqa: E402
-from jax_nvfp4_moe.implementations.trtllm.call import Callee, run_on  # noqa: E402
+from jax_nvfp4_moe.implementations.trtllm.call import Function, run_routed  # noqa: E402
 from tests.support.host import CUDA, present_host_as  # noqa: E402
 
 from .cases import Case, forms, models, sizes  # noqa: E402
@@ -28,7 +28,7 @@ from .fp4_moe import RELEASES, Shape, family, miswired  # noqa: E402
 
 STREAM = 0x51EA0000
 MODULE = "recorded"
-CALLEE = Callee(MODULE, manifest.flashinfer)
+FUNCTION_OF_MODULE = Function(MODULE, manifest.flashinfer)
 RELEASE = RELEASES[manifest.flashinfer]
 
 
@@ -64,7 +64,7 @@ class Host:
 def recorded(case: Case, buffers: Buffers) -> tuple[Recording, Host]:
     """What one call from inside jit launches."""
     host = Host(buffers)
-    program = jax.jit(partial(run_on, CALLEE, case.call()))
+    program = jax.jit(partial(run_routed, FUNCTION_OF_MODULE, case.call()))
     arguments = case.arguments()
     runtime.clear()
     y = jax.block_until_ready(program(*arguments))
@@ -126,7 +126,7 @@ def check_a_byte_less() -> None:
         with Buffers() as buffers:
             host = Host(buffers)
             runtime.clear()
-            program = jax.jit(partial(run_on, CALLEE, case.call()))
+            program = jax.jit(partial(run_routed, FUNCTION_OF_MODULE, case.call()))
             try:
                 jax.block_until_ready(program(*case.arguments()))
             except jax.errors.JaxRuntimeError as error:

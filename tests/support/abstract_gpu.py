@@ -22,7 +22,7 @@ def on(kind, sizes=(), names=()):
     return use_abstract_mesh(AbstractMesh(sizes, names, abstract_device=device))
 
 
-def layer(scheme="static", gated=True, experts=E, seed=0):
+def layer(scheme="static", gated=True, experts=E, seed=0, separate_scales=False):
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -32,7 +32,9 @@ def layer(scheme="static", gated=True, experts=E, seed=0):
     weights = [normal(*shape) for shape in shapes]
     weights[0] = weights[0] if gated else None
     scales = (4 / 2688, 30 / 2688) if scheme == "static" else ()
-    return nvm.quantize_experts(*weights, *scales, activation_scheme=scheme)
+    return nvm.quantize_experts(
+        *weights, *scales, activation_scheme=scheme, separate_scales=separate_scales
+    )
 
 
 def tokens(seed=1, experts=E):

@@ -222,7 +222,9 @@ def make_layer(case, rng):
         scales["up_bias"] = normal(num, inter)
         scales["gate_bias"] = normal(num, inter) if activation.gated else None
         scales["down_bias"] = normal(num, hidden)
-    experts = nvm.quantize_experts(gate, up, down, activation_scheme=case.scheme, **scales)
+    experts = nvm.quantize_experts(
+        gate, up, down, activation_scheme=case.scheme, separate_scales=True, **scales
+    )
     grouped = case.method == "deepseek_v3"
     routing = nvm.Routing(
         case.method,
@@ -233,7 +235,7 @@ def make_layer(case, rng):
     )
     corrected = case.method in ("deepseek_v3", "minimax2")
     bias = normal(num) if corrected else None
-    ids, weights = nvm.route(jnp.asarray(normal(tokens, num, std=2)), routing, bias=bias)
+    ids, weights = nvm.route(jnp.asarray(normal(tokens, num, std=2)), routing, selection_bias=bias)
     return Layer(case, x, np.asarray(ids), np.asarray(weights), experts, activation)
 
 

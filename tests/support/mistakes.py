@@ -986,7 +986,7 @@ MISTAKES = (
     Mistake(
         function="route",
         title="a bias for a method without one",
-        code="nvm.route(logits, routing, bias=jnp.ones(8))",
+        code="nvm.route(logits, routing, selection_bias=jnp.ones(8))",
         error="ValueError",
         message=(
             "bias is given, but only deepseek_v3 and minimax2 take a selection bias, not method "
@@ -999,7 +999,7 @@ MISTAKES = (
     Mistake(
         function="route",
         title="a bias of another length",
-        code='nvm.route(logits, nvm.Routing("deepseek_v3", top_k=2), bias=jnp.ones(7))',
+        code='nvm.route(logits, nvm.Routing("deepseek_v3", top_k=2), selection_bias=jnp.ones(7))',
         error="ValueError",
         message="bias has shape (7,), expected (8,): one value for each of E experts",
         argument="bias",
@@ -1256,7 +1256,7 @@ MISTAKES = (
     Mistake(
         function="nvfp4_moe",
         title="a bias for a method without one",
-        code="nvm.nvfp4_moe(x, logits, experts, routing, bias=jnp.ones(8))",
+        code="nvm.nvfp4_moe(x, logits, experts, routing, selection_bias=jnp.ones(8))",
         error="ValueError",
         message=(
             "bias is given, but only deepseek_v3 and minimax2 take a selection bias, not method "

@@ -90,9 +90,9 @@ def test_a_router(monkeypatch):
     one = models.Routed(routing, 9, 12, bias=True)
 
     def routed(change):
-        def run(x, logits, experts, routing, *, bias, activation, implementation, route_in_kernel):
-            assert (implementation, route_in_kernel) == (NAME, True)
-            ids, weights = nvm.route(change(logits), routing, bias=bias)
+        def run(x, logits, experts, routing, *, selection_bias, activation, implementation):
+            assert implementation == nvm.Trtllm(route_in_kernel=True)
+            ids, weights = nvm.route(change(logits), routing, selection_bias=selection_bias)
             weights = weights.astype(jnp.bfloat16)
             return emulated(x, ids, weights, experts, activation=activation)
 

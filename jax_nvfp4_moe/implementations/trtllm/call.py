@@ -6,6 +6,7 @@ data/csrc/trtllm_fused_moe_kernel_launcher.cu of flashinfer-python 0.6.13. It ch
 arguments that would read or write out of bounds are refused, or corrected, before the call.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -15,7 +16,6 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_nvfp4_moe.bridge import flashinfer
 from jax_nvfp4_moe.bridge.call import Argument, Output
 from jax_nvfp4_moe.bridge.call import call as bridge_call
-from jax_nvfp4_moe.bridge.manifest import Module
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.format import quantize
 from jax_nvfp4_moe.implementations.base import Call
@@ -35,8 +35,21 @@ from jax_nvfp4_moe.routing import Routing
 FUNCTION = "trtllm_fp4_block_scale_moe"
 
 
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """The compiled function that a plan calls.
+
+    Attributes:
+        module: the name under which the bridge knows FlashInfer's module.
+        version: of the flashinfer-python that it comes from.
+    """
+
+    module: str
+    version: str
+
+
 def run_routed(
-    module: Module,
+    function: Function,
     call: Call,
     x: Float[Array, "T H"],
     topk_ids: Int32[Array, "T K"],
@@ -46,7 +59,7 @@ def run_routed(
     """Returns the layer's output.
 
     Args:
-        module: FlashInfer's, registered with the bridge.
+        function: of a module that is registered with the bridge.
         call: the static arguments.
         x: tokens.
         topk_ids: among all experts.
@@ -54,7 +67,7 @@ def run_routed(
         experts: those of this device; in another layout than "trtllm" they are rearranged here.
     """
     limit = max_tokens(topk_ids.shape[1], padded_experts(experts.num_experts))
-    launch = _launcher(module, call, experts)
+    launch = _launcher(function, call, experts)
 
     def routed(values: Array, ids: Array, weights: Array) -> Array:
         return launch(values, packed(ids, weights, experts.num_experts))
@@ -64,7 +77,7 @@ def run_routed(
 
 
 def run_unrouted(
-    module: Module,
+    function: Function,
     call: Call,
     routing: Routing,
     x: Float[Array, "T H"],
@@ -75,7 +88,7 @@ def run_unrouted(
     """Returns the layer's output, routed by the kernel.
 
     Args:
-        module: FlashInfer's, registered with the bridge.
+        function: of a module that is registered with the bridge.
         call: the static arguments.
         routing: how to route.
         x: tokens.
@@ -86,7 +99,7 @@ def run_unrouted(
     Raises:
         ValueError: the kernel has no such router.
     """
-    launch = _launcher(module, call, experts)
+    launch = _launcher(function, call, experts)
     y = _in_parts(
         lambda values, logits: launch(values, from_logits(logits, routing, selection_bias)),
         max_tokens(routing.top_k, experts.num_experts),
@@ -106,7 +119,7 @@ def _in_parts(launch: Callable[..., Array], limit: int, *tokens: Array) -> Array
 
 
 def _launcher(
-    module: Module, call: Call, experts: ExpertWeights
+    function: Function, call: Call, experts: ExpertWeights
 ) -> Callable[[Float32[Array, "T H"], Mapping[str, Argument]], Array]:
     """Returns a function from tokens, and the arguments about their routing, to the output.
 
@@ -140,9 +153,9 @@ def _launcher(
             "output": Output((len(values), experts.hidden_size), jnp.bfloat16),
         }
         sizes = check_arguments(arguments)
-        ordered = flashinfer.arguments(FUNCTION, module.version, arguments)
-        workspace = workspace_bytes(module.version, sizes)
-        *_, y = bridge_call(module.name, FUNCTION, ordered, workspace=workspace)
+        ordered = flashinfer.arguments(FUNCTION, function.version, arguments)
+        workspace = workspace_bytes(function.version, sizes)
+        *_, y = bridge_call(function.module, FUNCTION, ordered, workspace=workspace)
         return y
 
     return launch

@@ -23,7 +23,7 @@ from jax_nvfp4_moe.implementations.base import (
 )
 from jax_nvfp4_moe.implementations.common.modules import describe_module, find, make_ready
 from jax_nvfp4_moe.implementations.common.reports import rearranged
-from jax_nvfp4_moe.implementations.trtllm.call import FUNCTION, run_routed, run_unrouted
+from jax_nvfp4_moe.implementations.trtllm.call import FUNCTION, Function, run_routed, run_unrouted
 from jax_nvfp4_moe.implementations.trtllm.routing import (
     MAX_EXPERTS,
     MAX_TOP_K,
@@ -107,17 +107,19 @@ class TrtllmPlan(Plan):
         self, x: Float[Array, "T H"], routed: Routed, experts: ExpertWeights
     ) -> Float[Array, "T H"]:
         """Returns the layer's output."""
-        make_ready(self.module)
-        return run_routed(self.module, self.problem.call, x, *routed, experts)
+        return run_routed(self._function(), self.problem.call, x, *routed, experts)
 
     def run_unrouted(
         self, x: Float[Array, "T H"], unrouted: Unrouted, experts: ExpertWeights
     ) -> Float[Array, "T H"]:
         """Returns the layer's output, routed by the kernel."""
-        make_ready(self.module)
         routing = self.problem.routing
-        assert routing is not None
-        return run_unrouted(self.module, self.problem.call, routing, x, *unrouted, experts)
+        assert routing is not None  # of a plan for `Unrouted` tokens
+        return run_unrouted(self._function(), self.problem.call, routing, x, *unrouted, experts)
+
+    def _function(self) -> Function:
+        make_ready(self.module)
+        return Function(self.module.name, self.module.version)
 
 
 def _check_computed(problem: Problem) -> None:
