@@ -183,7 +183,7 @@ def test_global_max_is_what_every_expert_gets(checkpoint, tmp_path):
     save_checkpoint(largest, tmp_path / "saved")
     saved = nvm.load_checkpoint(tmp_path / "saved", input_scale="per_expert")
     for number, layer in saved.layers.items():
-        for name in ("input_scale", "w2_input_scale"):
+        for name in ("w13_input_scale", "w2_input_scale"):
             scale = getattr(layer.experts, name)
             assert (scale == getattr(checkpoint.layers[number].experts, name).max()).all()
 

@@ -96,6 +96,7 @@ def test_mistakes_of_every_function():
         *("quantize", "dequantize", "pack", "unpack"),
         *("quantize_experts", "prepare", "validate"),
         *("Routing", "route", "Activation", "nvfp4_moe", "nvfp4_moe_routed", "explain"),
+        *("Emulation", "Trtllm"),
     }
     assert len({(mistake.function, mistake.title) for mistake in MISTAKES}) == len(MISTAKES)
     assert len({mistake.code for mistake in MISTAKES}) == len(MISTAKES)

@@ -12,7 +12,7 @@ import pytest
 
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe.experts import check_experts
-from jax_nvfp4_moe.relayout import select
+from jax_nvfp4_moe.relayout import take_experts
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 F32 = np.dtype(np.float32)
@@ -509,7 +509,7 @@ def test_select(size, shape, layout, rng):
     linear = sized(rng, size)
     experts = nvm.prepare(linear, IMPLEMENTATION[layout])
     ids = rng.integers(0, 2, shape).astype(np.int32)
-    got = select(experts, jnp.asarray(ids))
+    got = take_experts(experts, jnp.asarray(ids))
     want = dataclasses.replace(
         jax.tree.map(lambda leaf: np.asarray(leaf)[ids], linear),
         w13_input_scale=linear.w13_input_scale,  # the layer's
@@ -518,7 +518,7 @@ def test_select(size, shape, layout, rng):
     assert same(got, want)
     assert got.layout == "linear"
     assert same(jax.jit(select)(experts, jnp.asarray(ids)), want)
-    assert not same(select(experts, 1 - jnp.asarray(ids)), want)
+    assert not same(take_experts(experts, 1 - jnp.asarray(ids)), want)
     shapes = jax.eval_shape(select, experts, jnp.asarray(ids))
     assert shapes.w13.shape == (*shape, *linear.w13.shape[1:])
 
@@ -529,7 +529,7 @@ def test_select_keeps_scalar_scales(rng):
         w13_input_scale=jnp.float32(2),
         w2_input_scale=jnp.float32(3),
     )
-    got = select(experts, jnp.array([2, 0]))
+    got = take_experts(experts, jnp.array([2, 0]))
     assert (got.w13_input_scale, got.w2_input_scale, got.w13_bias) == (2, 3, None)
     assert same(got.w2.global_scale, experts.w2.global_scale[np.array([2, 0])])
 
@@ -614,7 +614,7 @@ UNFIT = [
         "activation_scheme",
         constantly("per_token"),
         ValueError,
-        "experts.w13_input_scale is given, but activation_scheme is 'per_token', which does not use it",
+        "experts.w13_input_scale is given, but activation_scheme is 'per_token', which does not",
     ),
     ("activation_scheme", constantly("dynamic"), ValueError, "activation_scheme is 'dynamic'"),
     ("layout", constantly("row-major"), ValueError, "experts.layout is 'row-major', expected one"),

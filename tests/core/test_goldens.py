@@ -14,9 +14,10 @@ from jax_nvfp4_moe import layouts
 from jax_nvfp4_moe.implementations.base import Call
 from jax_nvfp4_moe.implementations.common import contractions as _contractions
 from jax_nvfp4_moe.implementations.common import recipes as _recipes
-from jax_nvfp4_moe.implementations.emulation import implementation as emulation
+from jax_nvfp4_moe.relayout import take_experts
 from tests.support import oracle
 
+VLLM = nvm.Emulation(numerics="vllm")
 LAYERS = ("moe0_silu_rw0", "moe1_silu_rw0", "moe2_silu_rw0", "moe3_silu_rw0", "moe3_silu_rw1")
 
 
@@ -29,8 +30,8 @@ def bf16(bits):
 
 def quantise_dequantise(x, encode_scale):
     """QDQ at an encode scale, as the "vllm" preset has it."""
-    call = Call(nvm.Activation("silu"), "vllm", jnp.dtype(jnp.bfloat16), None, False)
-    recipe = _recipes.Recipe(call, "static", jnp.dtype(jnp.bfloat16))
+    call = Call(nvm.Activation("silu"), jnp.dtype(jnp.bfloat16), None, False)
+    recipe = _recipes.Recipe(call, "static", jnp.dtype(jnp.bfloat16), "vllm")
     rows = recipe.quantize_at(x.astype(jnp.float32), encode_scale)
     return jnp.stack([rows.low, rows.high], axis=-1).reshape(x.shape)
 
@@ -130,7 +131,7 @@ def test_layer(name, jit, form, golden):
     with jax.disable_jit(not jit):
         got = nvm.nvfp4_moe_routed(
             *arguments,
-            implementation=nvm.Emulation("vllm"),
+            implementation=VLLM,
             router_weight_on_input=name.endswith("rw1"),
         )
     assert got.dtype == jnp.bfloat16
@@ -141,10 +142,8 @@ def test_layer(name, jit, form, golden):
 def test_layer_in_other_layouts(target, golden):
     data = golden(f"{LAYERS[0]}_triton")
     *tokens, experts = layer(data)
-    want = nvm.nvfp4_moe_routed(*tokens, experts, implementation=nvm.Emulation("vllm"))
-    got = nvm.nvfp4_moe_routed(
-        *tokens, nvm.prepare(experts, target), implementation=nvm.Emulation("vllm")
-    )
+    want = nvm.nvfp4_moe_routed(*tokens, experts, implementation=VLLM)
+    got = nvm.nvfp4_moe_routed(*tokens, nvm.prepare(experts, target), implementation=VLLM)
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
@@ -153,8 +152,8 @@ def test_every_step(name, golden):
     """Each step, fed the golden of the step before."""
     data = golden(f"{name}_triton")
     x, ids, topk_weights, experts = layer(data)
-    call = Call(nvm.Activation("silu"), "vllm", x.dtype, None, False)
-    recipe = _recipes.Recipe(call, "static", x.dtype)
+    call = Call(nvm.Activation("silu"), x.dtype, None, False)
+    recipe = _recipes.Recipe(call, "static", x.dtype, "vllm")
     as_values = recipe.weight_values
 
     @jax.jit
@@ -165,7 +164,7 @@ def test_every_step(name, golden):
         c2 = _recipes.activate(c1_golden, call.activation, round_to=recipe.rounding)
         c2_golden = jnp.asarray(bf16(data["part_c2"])).astype(jnp.float32)
         c2q = recipe.requantized(c2_golden, w2_input_scale)
-        own = emulation.select(experts, ids)
+        own = take_experts(experts, ids)
         c1 = recipe.rounding(
             _contractions.multiply_reduce(
                 jax.tree.map(lambda a: a[:, None], rows), own.w13, as_values
@@ -230,9 +229,7 @@ MISTAKES = {
 def test_mistakes_fail(mistake, golden):
     data = golden("moe0_silu_rw0_triton")
     *tokens, experts = layer(data)
-    got = nvm.nvfp4_moe_routed(
-        *tokens, MISTAKES[mistake](experts), implementation=nvm.Emulation("vllm")
-    )
+    got = nvm.nvfp4_moe_routed(*tokens, MISTAKES[mistake](experts), implementation=VLLM)
     assert not passes(got, bf16(data["out"]))
 
 
@@ -240,7 +237,7 @@ def test_weight_applied_twice_or_late_fails(golden):
     data = golden("moe0_silu_rw0_triton")
     x, ids, weights, experts = layer(data)
     want = bf16(data["out"])
-    twice = nvm.nvfp4_moe_routed(x, ids, weights**2, experts, implementation=nvm.Emulation("vllm"))
+    twice = nvm.nvfp4_moe_routed(x, ids, weights**2, experts, implementation=VLLM)
     assert not passes(twice, want)
     # After the rounding to bfloat16 instead of before it: only a gate on bits can see this.
     rows = [
@@ -249,7 +246,7 @@ def test_weight_applied_twice_or_late_fails(golden):
             ids[:, slot, None],
             jnp.ones_like(weights[:, :1]),
             experts,
-            implementation=nvm.Emulation("vllm"),
+            implementation=VLLM,
         ).astype(jnp.float32)
         for slot in range(ids.shape[1])
     ]

@@ -53,9 +53,10 @@ def pick(tree, index):
 # ------------------------------------------------------------------------------------- router
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"implementation": nvm.Emulation("vllm"), "output_dtype": jnp.float32}]
-)
+VLLM = nvm.Emulation(numerics="vllm")
+
+
+@pytest.mark.parametrize("options", [{}, {"implementation": VLLM, "output_dtype": jnp.float32}])
 def test_the_layer_is_its_router_and_its_experts(options, rng):
     layer = layer_of(rng)
     x, *_ = arrays(layer)

@@ -363,7 +363,7 @@ GROUPED = Routing("deepseek_v3", 4, n_group=4, topk_group=1)
         (np.ones((3, 8), np.float32), GROUPED, None, ValueError,
          "routing.top_k is 4, but topk_group = 1 groups of 2 experts hold 2: topk_group=2"),
         (np.ones((3, 4), np.float32), CONFIGS[1], np.ones(4, np.float32), ValueError,
-         "bias is given, but only deepseek_v3 and minimax2 take a selection bias, not method "
+         "selection_bias is given, but only deepseek_v3 and minimax2 take one, not method "
          r"'renormalize': a router's additive bias belongs in the logits, logits \+ bias"),
         (np.ones((3, 16), np.float32), CORRECTED[0], np.ones(4, np.float32), ValueError,
          r"bias has shape \(4,\), expected \(16,\)"),

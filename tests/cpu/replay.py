@@ -40,7 +40,7 @@ CASES = (
 
 def recorded_call(layer, experts):
     """The attributes and operands of a call, as the kernel is given them."""
-    call = Call(layer.activation, "kernel", jnp.dtype("float32"), None, layer.case.on_input)
+    call = Call(layer.activation, jnp.dtype("float32"), None, layer.case.on_input)
     x, weights = jnp.asarray(layer.x), jnp.asarray(layer.weights)
     recipe = Recipe(call, experts.activation_scheme, x.dtype)
     values = recipe.input_values(x, weights)

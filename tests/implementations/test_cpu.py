@@ -57,8 +57,7 @@ def test_without_the_library_the_emulation_serves(monkeypatch, rng):
     np.testing.assert_array_equal(run(layer, None), run(layer, "emulation"))
 
 
-def test_the_vllm_preset_is_left_to_the_emulation(rng):
-    layer = make_layer(Case(), rng)
+def test_the_vllm_preset_is_left_to_the_emulation():
     with pytest.raises(TypeError, match="numerics"):
         nvm.Cpu(numerics="vllm")
 

@@ -351,17 +351,6 @@ def test_no_tokens(fake):
     assert fake.journal() == []
 
 
-def test_gate_and_up_in_two_units(computed):
-    """The kernel has one scale for both: the result is NaN rather than wrong."""
-    case = CASES[0]
-    x, ids, weights, experts = arguments_of(case)
-    scale = experts.w13.global_scale.at[2, 1].mul(2)
-    experts = dataclasses.replace(experts, w13=dataclasses.replace(experts.w13, global_scale=scale))
-    y = computed(case, (x, ids, weights, experts))
-    assert np.isnan(y).all(axis=1).tolist() == (ids == 2).any(axis=1).tolist()
-    assert 0 < np.isnan(y).any(axis=1).sum() < len(y)
-
-
 def test_which_tactics_fit():
     assert Tactic().fits(256, 64, gated=True)
     assert not Tactic(gemm1_n=256).fits(256, 64, gated=True)

@@ -359,6 +359,7 @@ def test_no_implementation_makes_nan():
     found = [
         f"{path.name}:{number}"
         for path in folder.rglob("*.py")
+        if path.parts[-2:] != ("triton", "decode.py")  # decodes the NaN of E4M3
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if re.search(r"\bnan\b", line.split("#")[0].split('"""')[0])
     ]

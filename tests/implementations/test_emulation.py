@@ -101,7 +101,7 @@ def test_the_forms_give_the_same_rows(changes, numerics, rng):
 def test_sums_of_codes_are_the_products_of_values(scheme, rng):
     """The contractions alone, before any rounding: equal within float32's summation error."""
     layer = make_layer(Case(5, 3, 1, 256, 64, scheme=scheme), rng)
-    call = Call(layer.activation, "kernel", jnp.dtype(jnp.float32), None, False)
+    call = Call(layer.activation, jnp.dtype(jnp.float32), None, False)
     recipe = Recipe(call, scheme, jnp.dtype(jnp.bfloat16))
     values = recipe.weight_values
 

@@ -482,10 +482,10 @@ MISTAKES = (
         title="input scales without the axis of gate and up",
         code="nvm.quantize_experts(gate, up, down, jnp.ones(8), 0.001)",
         error="ValueError",
-        message="experts.w13_input_scale has shape (8,), expected () or (8, 2)",
+        message="experts.w13_input_scale has shape (8,), expected () or (8, 1) or (8, 2)",
         argument="w13_input_scale",
         given="(8,)",
-        expected="() or (8, 2)",
+        expected="() or (8, 1) or (8, 2)",
     ),
     Mistake(
         function="quantize_experts",
@@ -507,8 +507,8 @@ MISTAKES = (
         code='nvm.quantize_experts(gate, up, down, 0.001, 0.001, activation_scheme="per_token")',
         error="ValueError",
         message=(
-            "experts.w13_input_scale is given, but activation_scheme is 'per_token', which does not "
-            "use it"
+            "experts.w13_input_scale is given, but activation_scheme is 'per_token', which does "
+            "not use it"
         ),
         argument="w13_input_scale",
         given="'per_token'",
@@ -573,8 +573,8 @@ MISTAKES = (
         code='nvm.prepare(experts, "trt-llm")',
         error="ValueError",
         message=(
-            "implementation is 'trt-llm', expected one of 'emulation', 'cpu', 'triton', "
-            "'trtllm', 'cute_dsl': did you mean 'trtllm'?"
+            "implementation is 'trt-llm', expected one of 'trtllm', 'cute_dsl', "
+            "'triton', 'cpu', 'emulation': did you mean 'trtllm'?"
         ),
         argument="implementation",
         given="'trt-llm'",
@@ -586,8 +586,8 @@ MISTAKES = (
         code="nvm.prepare(experts, None)",
         error="ValueError",
         message=(
-            "implementation is None, expected one of 'emulation', 'cpu', 'triton', 'trtllm', "
-            "'cute_dsl'"
+            "implementation is None, expected one of 'trtllm', 'cute_dsl', 'triton', 'cpu', "
+            "'emulation'"
         ),
         argument="implementation",
         given="None",
@@ -989,10 +989,10 @@ MISTAKES = (
         code="nvm.route(logits, routing, selection_bias=jnp.ones(8))",
         error="ValueError",
         message=(
-            "bias is given, but only deepseek_v3 and minimax2 take a selection bias, not method "
+            "selection_bias is given, but only deepseek_v3 and minimax2 take one, not method "
             "'renormalize': a router's additive bias belongs in the logits, logits + bias"
         ),
-        argument="bias",
+        argument="selection_bias",
         given="'renormalize'",
         expected="logits + bias",
     ),
@@ -1001,8 +1001,8 @@ MISTAKES = (
         title="a bias of another length",
         code='nvm.route(logits, nvm.Routing("deepseek_v3", top_k=2), selection_bias=jnp.ones(7))',
         error="ValueError",
-        message="bias has shape (7,), expected (8,): one value for each of E experts",
-        argument="bias",
+        message="selection_bias has shape (7,), expected (8,): one value for each of E experts",
+        argument="selection_bias",
         given="(7,)",
         expected="expected (8,)",
     ),
@@ -1259,10 +1259,10 @@ MISTAKES = (
         code="nvm.nvfp4_moe(x, logits, experts, routing, selection_bias=jnp.ones(8))",
         error="ValueError",
         message=(
-            "bias is given, but only deepseek_v3 and minimax2 take a selection bias, not method "
+            "selection_bias is given, but only deepseek_v3 and minimax2 take one, not method "
             "'renormalize': a router's additive bias belongs in the logits, logits + bias"
         ),
-        argument="bias",
+        argument="selection_bias",
         given="'renormalize'",
         expected="logits + bias",
     ),
@@ -1332,9 +1332,9 @@ MISTAKES = (
         expected="needs an SM100 or SM103 GPU",
     ),
     Mistake(
-        function="nvfp4_moe",
+        function="Emulation",
         title="unknown numerics",
-        code='nvm.nvfp4_moe(x, logits, experts, routing, numerics="vLLM")',
+        code='nvm.Emulation(numerics="vLLM")',
         error="ValueError",
         message="numerics is 'vLLM', expected one of 'kernel', 'vllm': did you mean 'vllm'?",
         argument="numerics",
@@ -1344,13 +1344,14 @@ MISTAKES = (
     Mistake(
         function="nvfp4_moe",
         title="vLLM's numerics without calibrated scales",
-        code='nvm.nvfp4_moe(x, logits, experts, routing, numerics="vllm")',
-        error="ValueError",
+        code='nvm.nvfp4_moe(x, logits, experts, routing, implementation=nvm.Emulation("vllm"))',
+        error="NotImplementedError",
         message=(
-            "numerics='vllm' with activation_scheme='per_token': vLLM's emulation knows static "
-            "activation scales only; use numerics='kernel'"
+            "implementation Emulation(numerics='vllm'): numerics='vllm' with "
+            "activation_scheme='per_token': vLLM's emulation knows static activation "
+            "scales only; use numerics='kernel'; None chooses one that can"
         ),
-        argument="numerics",
+        argument="implementation",
         given="activation_scheme='per_token'",
         expected="use numerics='kernel'",
     ),
@@ -1401,9 +1402,9 @@ MISTAKES = (
         expected="expected K = 1",
     ),
     Mistake(
-        function="nvfp4_moe",
+        function="Trtllm",
         title="an array for a flag",
-        code="nvm.nvfp4_moe(x, logits, experts, routing, route_in_kernel=jnp.array(True))",
+        code="nvm.Trtllm(route_in_kernel=jnp.array(True))",
         error="TypeError",
         message=(
             "route_in_kernel is an array of shape () and dtype bool, expected True or False, "
@@ -1534,8 +1535,8 @@ MISTAKES = (
         code="nvm.explain(experts, routing, tokens=x)",
         error="TypeError",
         message=(
-            "tokens is an array of shape (4, 64) and dtype bfloat16, expected an int: how many "
-            "tokens, T"
+            "tokens is an array of shape (4, 64) and dtype bfloat16, expected an int: the "
+            "number of tokens, T"
         ),
         argument="tokens",
         given="shape (4, 64) and dtype bfloat16",
@@ -1599,19 +1600,6 @@ MISTAKES = (
         argument="routing",
         given="3",
         expected="n_group=2 would",
-    ),
-    Mistake(
-        function="explain",
-        title="vLLM's numerics without calibrated scales",
-        code='nvm.explain(experts, routing, tokens=4, numerics="vllm")',
-        error="ValueError",
-        message=(
-            "numerics='vllm' with activation_scheme='per_token': vLLM's emulation knows static "
-            "activation scales only; use numerics='kernel'"
-        ),
-        argument="numerics",
-        given="activation_scheme='per_token'",
-        expected="use numerics='kernel'",
     ),
 )
 

@@ -13,10 +13,11 @@ from jax_nvfp4_moe import tuning
 from jax_nvfp4_moe.bridge import cute_dsl
 from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, Tactic
 from jax_nvfp4_moe.cli import main
-from jax_nvfp4_moe.tuning import Layer, Measured, measuring, table
+from jax_nvfp4_moe.implementations.cute_dsl.tune import tune
+from jax_nvfp4_moe.tuning import Measured, TunedLayer, measuring, table
 from tests.support.abstract_gpu import B200, calls_of, exported_for, on
 
-LAYER = Layer(B200, "0.6.13", "silu", "static", False, 8, 4, 512, 128)
+LAYER = TunedLayer(B200, "0.6.13", "silu", "static", False, 8, 4, 512, 128)
 SIZES = {"num_experts": 8, "top_k": 4, "hidden_size": 512, "intermediate_size": 128}
 
 
@@ -84,13 +85,15 @@ def test_a_spoilt_table(spoil, add, tmp_path):
 
 
 def experts(scheme="static"):
-    return measuring._random_experts(8, 512, 128, scheme, True)
+    return measuring.random_experts(
+        8, 512, 128, gated=True, activation_scheme=scheme, layout="cute_dsl"
+    )
 
 
 def test_measured_and_then_taken(add, timed):
     add()
     with on(B200):
-        found = measuring.tune(**SIZES, tokens=[4, 64], progress=False)
+        found = tune(**SIZES, tokens=[4, 64], progress=False)
     assert [each.tokens for each in found] == [4, 64]
     assert [each.layer for each in found] == [LAYER, LAYER]
     # I of 128 is a tile of 256 rows of gate and up; H is two of 256.
@@ -127,26 +130,26 @@ def test_measured_with_kernels_that_are_not_built_any_more(add):
 def test_only_what_is_built_and_fits_is_measured(add, timed):
     add(tactics="default")
     with on(B200):
-        (found,) = measuring.tune(**SIZES, tokens=[4], progress=False)
+        (found,) = tune(**SIZES, tokens=[4], progress=False)
     assert (len(timed), found.tactic) == (1, Tactic())
     add()
     timed.clear()
     with on(B200):
-        measuring.tune(**{**SIZES, "hidden_size": 256}, tokens=[4], progress=False)
+        tune(**{**SIZES, "hidden_size": 256}, tokens=[4], progress=False)
     assert len(timed) == 12  # not two tiles of 256 columns beside each other
 
 
 def test_nothing_to_measure(nothing_built):
     with on(B200), pytest.raises(NotImplementedError, match="module is not built"):
-        measuring.tune(**SIZES, tokens=[4])
+        tune(**SIZES, tokens=[4])
     with pytest.raises(NotImplementedError, match="needs an SM100 or SM103 GPU, and this is cpu"):
-        measuring.tune(**SIZES, tokens=[4])
+        tune(**SIZES, tokens=[4])
     with pytest.raises(ValueError, match=r"tokens is \[\], expected one number or more"):
-        measuring.tune(**SIZES, tokens=[])
+        tune(**SIZES, tokens=[])
     with pytest.raises(NotImplementedError, match="'none', for which cute_dsl has one tactic"):
-        measuring.tune(**SIZES, tokens=[4], activation_scheme="none")
+        tune(**SIZES, tokens=[4], activation_scheme="none")
     with pytest.raises(ValueError, match="top_k is 9, expected 1 to 8"):
-        measuring.tune(**{**SIZES, "top_k": 9}, tokens=[4])
+        tune(**{**SIZES, "top_k": 9}, tokens=[4])
 
 
 def test_how_long_a_call_takes():
