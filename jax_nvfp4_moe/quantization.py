@@ -19,7 +19,8 @@ from jax_nvfp4_moe.experts import (
     problems_of,
     raise_for,
 )
-from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array, quantize
+from jax_nvfp4_moe.format import BLOCK_SIZE, quantize
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 
 
 def quantize_experts(

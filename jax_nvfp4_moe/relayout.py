@@ -13,8 +13,9 @@ from jaxtyping import Array, Int
 from jax_nvfp4_moe import layouts
 from jax_nvfp4_moe._messages import check_name
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts, padded_sizes
-from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array
+from jax_nvfp4_moe.format import BLOCK_SIZE
 from jax_nvfp4_moe.layouts import Layout
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 
 # The layout in which each implementation reads its weights.
 _LAYOUT_OF: dict[str, Layout] = {

@@ -17,7 +17,6 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe.experts import ExpertWeights
-from jax_nvfp4_moe.format import round_to
 from jax_nvfp4_moe.implementations.base import Call, Problem
 from jax_nvfp4_moe.implementations.common.contractions import (
     Rows,
@@ -28,6 +27,7 @@ from jax_nvfp4_moe.implementations.common.contractions import (
 from jax_nvfp4_moe.implementations.common.grouping import Tile, expected_hits, group, tile_rows
 from jax_nvfp4_moe.implementations.common.recipes import Contract, Recipe
 from jax_nvfp4_moe.relayout import select
+from jax_nvfp4_moe.rounding import round_to
 from jax_nvfp4_moe.routing import Routing, route
 
 name = "emulation"
