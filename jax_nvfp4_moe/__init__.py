@@ -11,7 +11,6 @@ from jax_nvfp4_moe.checkpoint import load_experts as load_experts
 from jax_nvfp4_moe.checkpoint import save_checkpoint as save_checkpoint
 from jax_nvfp4_moe.experts import ExpertWeights as ExpertWeights
 from jax_nvfp4_moe.experts import validate as validate
-from jax_nvfp4_moe.format import Nvfp4Array as Nvfp4Array
 from jax_nvfp4_moe.format import dequantize as dequantize
 from jax_nvfp4_moe.format import pack as pack
 from jax_nvfp4_moe.format import quantize as quantize
@@ -27,6 +26,7 @@ from jax_nvfp4_moe.layer import MoeLayer as MoeLayer
 from jax_nvfp4_moe.layer import Router as Router
 from jax_nvfp4_moe.moe import nvfp4_moe as nvfp4_moe
 from jax_nvfp4_moe.moe import nvfp4_moe_routed as nvfp4_moe_routed
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array as Nvfp4Array
 from jax_nvfp4_moe.quantization import SharedScales as SharedScales
 from jax_nvfp4_moe.quantization import quantize_experts as quantize_experts
 from jax_nvfp4_moe.quantization import share_scales as share_scales

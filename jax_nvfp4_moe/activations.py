@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from jax_nvfp4_moe._messages import described
-from jax_nvfp4_moe.format import clamp
+from jax_nvfp4_moe.rounding import clamp
 
 # The parameters each activation has, with their defaults. `swiglu_oai` is gpt-oss's:
 # modeling_gpt_oss.py of Hugging Face transformers.

@@ -20,15 +20,10 @@ from jax_nvfp4_moe.experts import (
     problems_of,
     raise_for,
 )
-from jax_nvfp4_moe.format import (
-    BLOCK_SIZE,
-    Nvfp4Array,
-    doubled_nibbles,
-    exact_divide,
-    quantize,
-    round_to,
-)
+from jax_nvfp4_moe.format import BLOCK_SIZE, doubled_nibbles, quantize
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 from jax_nvfp4_moe.relayout import to_layout
+from jax_nvfp4_moe.rounding import exact_divide, round_to
 
 
 def quantize_experts(

@@ -12,8 +12,9 @@ from jaxtyping import Array, Int
 
 from jax_nvfp4_moe import layouts
 from jax_nvfp4_moe.experts import ExpertWeights, padded_sizes
-from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array
+from jax_nvfp4_moe.format import BLOCK_SIZE
 from jax_nvfp4_moe.layouts import Layout
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 
 
 def to_layout(experts: ExpertWeights, layout: Layout) -> ExpertWeights:

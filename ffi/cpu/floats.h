@@ -127,7 +127,7 @@ INLINE float ToE4m3(float x) {
 
 // ------------------------------------------------------------------------------------- quantising
 
-// jax_nvfp4_moe.format.reciprocal and scale_for.
+// jax_nvfp4_moe.rounding.reciprocal and format.scale_for.
 INLINE float Reciprocal(float scale) { return 1.0f / scale; }
 
 INLINE float ScaleFor(float amax) {

@@ -19,8 +19,8 @@ from jax_nvfp4_moe.checkpoint.options import Advance, Options
 from jax_nvfp4_moe.checkpoint.scheme import MODELOPT
 from jax_nvfp4_moe.checkpoint.source import Source
 from jax_nvfp4_moe.experts import ActivationScheme, ExpertWeights, check_experts
-from jax_nvfp4_moe.format import Nvfp4Array
 from jax_nvfp4_moe.layer import Mlp, MoeLayer, Router
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 
 
 class QuantizedExperts:

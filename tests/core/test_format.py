@@ -1,4 +1,4 @@
-"""The format: roundings, division, codes, packing, and the quantiser against plain numpy."""
+"""The quantiser, dequantising, codes and packing, against plain numpy."""
 
 import functools
 import re
@@ -14,249 +14,34 @@ from hypothesis.extra import numpy as hnp
 
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe import format as nvfp4
-
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)
-BF16 = np.dtype(ml_dtypes.bfloat16)
-F16 = np.dtype(np.float16)
-F32 = np.dtype(np.float32)
-MAX, TINY = np.finfo(F32).max, np.finfo(F32).tiny
-
-# What the sixteen codes mean, written out once more.
-E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], F32)
-E2M1_TIES = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], F32)
+from jax_nvfp4_moe import rounding
+from tests.support.bits import (
+    BF16,
+    E2M1,
+    E2M1_VALUES,
+    E4M3,
+    F16,
+    F32,
+    MAX,
+    TINY,
+    around,
+    assert_same_bits,
+    each_dtype,
+    finite_values,
+    in_each_mode,
+    mixed_rows,
+    nearest_codes,
+    random_normal_floats,
+    reference_dequantise,
+    row_scales,
+    run,
+    same_arrays,
+    scales,
+)
 
 FEW = settings(max_examples=40)
-in_each_mode = pytest.mark.parametrize("mode", ["eager", "jit", "jit, constant"])
-each_dtype = pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
-
-
-def run(mode, f, *arrays):
-    """f(*arrays) operation by operation, compiled, or compiled with the arrays as constants."""
-    arrays = jax.tree.map(jnp.asarray, arrays)
-    if mode == "eager":
-        with jax.disable_jit():
-            result = f(*arrays)
-    elif mode == "jit":
-        result = jax.jit(f)(*arrays)
-    else:
-        result = jax.jit(lambda: f(*arrays))()
-    return jax.tree.map(np.asarray, result)
-
-
-def assert_same_bits(got, want):
-    """Equal dtype, shape and bits, the sign of zero included; any NaN equals any other."""
-    assert (got.dtype, got.shape) == (want.dtype, want.shape)
-    np.testing.assert_array_equal(got, want)
-    np.testing.assert_array_equal(np.signbit(got[got == 0]), np.signbit(want[want == 0]))
-
-
-def same_arrays(a, b):
-    return jax.tree.all(
-        jax.tree.map(lambda x, y: x.dtype == y.dtype and x.tobytes() == y.tobytes(), a, b)
-    )
-
-
-def around(points):
-    """The points, and one ulp to each side, of both signs."""
-    with np.errstate(over="ignore", under="ignore"):
-        up, down = (np.nextafter(points, F32.type(to)) for to in (np.inf, -np.inf))
-    return np.concatenate([points, up, down, -points, -up, -down]).astype(F32)
-
-
-# ------------------------------------------------------------------------------------- rounding
-
-
-def finite_values(dtype):
-    """All non-negative finite values of a narrow type, ascending."""
-    bits = np.arange(2 ** (8 * dtype.itemsize - 1)).astype(f"u{dtype.itemsize}")
-    with np.errstate(invalid="ignore"):
-        values = bits.view(dtype).astype(np.float64)
-    return values[np.isfinite(values)]
-
-
-def cast(x, dtype):
-    """Rounded by ml_dtypes or numpy; beyond 448, where a cast gives NaN, E4M3 saturates."""
-    x = np.clip(x, -448, 448) if dtype == E4M3 else x
-    with np.errstate(over="ignore", invalid="ignore"):
-        return x.astype(dtype).astype(F32)
-
-
-@in_each_mode
-@pytest.mark.parametrize(
-    ("dtype", "boundaries"), [(BF16, 32639), (F16, 31743), (E4M3, 126)], ids=str
-)
-def test_rounds_at_every_boundary(dtype, boundaries, mode, rng):
-    values = finite_values(dtype)
-    middles = ((values[1:] + values[:-1]) / 2).astype(F32)
-    assert len(middles) == boundaries
-    np.testing.assert_array_equal(middles, (values[1:] + values[:-1]) / 2)  # none was rounded
-    if mode == "jit, constant":
-        middles = middles[:: max(1, boundaries // 2000)]  # XLA folds constants slowly
-    top = F32.type(values[-1])
-    over = [top * F32.type(r) for r in (1.001, 1.03, 1.04, 1.3)] if dtype != BF16 else []
-    rest = [*over, top, MAX, np.inf, 0.0, TINY, 1e-30]
-    random = rng.normal(size=2000) * 2.0 ** rng.integers(-30, 30, 2000)
-    x = np.concatenate([around(middles), around(np.array(rest, F32)), random.astype(F32)])
-    x = np.append(x, F32.type(np.nan))
-    want = cast(x, dtype)
-    got = run(mode, functools.partial(nvfp4.round_to, dtype=dtype), x)
-    assert_same_bits(got, want)
-    assert np.isnan(got).sum() == np.isnan(x).sum() == 1 + 2 * np.isnan(x[:-1]).sum()
-    if dtype == E4M3:
-        assert np.nanmax(got) == 448
-    elif dtype == F16:
-        assert np.isinf(got).any()
-
-
-def test_ties_are_what_the_boundaries_test():
-    # Half to even, and not half up or truncated: those differ at half or more of the middles.
-    values = finite_values(E4M3)
-    middles = ((values[1:] + values[:-1]) / 2).astype(F32)
-    got = np.asarray(nvfp4.round_to(jnp.asarray(middles), E4M3))
-    assert (got == values[1:]).sum() == (got == values[:-1]).sum() == 63
-
-
-def test_float32_is_left_alone(rng):
-    x = jnp.asarray(rng.normal(size=8).astype(F32))
-    assert nvfp4.round_to(x, jnp.float32) is x
-
-
-@in_each_mode
-def test_codes_at_every_boundary(mode, rng):
-    rest = np.array([0, 1e-30, 6, 6.5, 7, 8, 100, MAX, np.inf], F32)
-    random = rng.normal(size=4000).astype(F32) * 3
-    x = np.concatenate([around(E2M1_TIES), around(rest), around(E2M1_VALUES[:8]), random])
-    x = x[~np.isnan(x)]
-    want = x.astype(E2M1).view(np.uint8)
-    got = run(mode, nvfp4.e2m1_codes, x)
-    assert_same_bits(got, want)
-    # And by the definition, where rounding is to be seen: the nearest, of two the even code.
-    np.testing.assert_array_equal(got, nearest_codes(x))
-
-
-def test_every_bfloat16_has_the_code_of_its_cast():
-    x = np.arange(2**16).astype(np.uint16).view(BF16).astype(F32)
-    x = x[~np.isnan(x)]
-    got = np.asarray(jax.jit(nvfp4.e2m1_codes)(x))
-    assert_same_bits(got, x.astype(E2M1).view(np.uint8))
-    assert_same_bits(got, np.asarray(jnp.asarray(x).astype(jnp.float4_e2m1fn)).view(np.uint8))
-
-
-def test_codes_of_zeros_infinities_and_nan():
-    x = jnp.array([0.0, -0.0, 1e-30, -1e-30, jnp.inf, -jnp.inf, jnp.nan, -jnp.nan])
-    codes = np.asarray(nvfp4.e2m1_codes(x))
-    assert codes[:6].tolist() == [0, 8, 0, 8, 7, 15]
-    assert (codes[6:] & 7 == 0).all()
-
-
-# ------------------------------------------------------------------------------------- division
-
-
-def assert_divides(got, a, b):
-    """`got` is numpy's float32 quotient; where that is subnormal, it may be zero instead."""
-    with np.errstate(all="ignore"):
-        want = a / b
-    small = (np.abs(want) <= TINY) & (want != 0)
-    assert_same_bits(np.where(small & (got == 0), want, got), want)
-    np.testing.assert_array_equal(np.signbit(got[small]), np.signbit(want[small]))
-
-
-def random_normal_floats(rng, size):
-    """Every bit pattern of a finite, not subnormal float32 is as likely as every other."""
-    bits = rng.integers(1 << 23, 255 << 23, size).astype(np.uint32)
-    return (bits | (rng.integers(0, 2, size).astype(np.uint32) << 31)).view(F32)
-
-
-# What a CPU runs, and what the others do, which is plain integer arithmetic that runs here too.
-divisions = pytest.mark.parametrize("divide", [nvfp4.exact_divide, nvfp4._long_divide])
-
-
-@divisions
-@pytest.mark.parametrize("mode", ["eager", "jit"])
-def test_division_is_correctly_rounded(mode, divide, rng):
-    a, b = random_normal_floats(rng, 2**18), random_normal_floats(rng, 2**18)
-    # Half of the pairs near each other, so that quotients are mostly in range.
-    near = a.view(np.uint32) & 0xFF800000 | rng.integers(0, 1 << 23, a.shape).astype(np.uint32)
-    b[::2] = near.view(F32)[::2]
-    assert_divides(run(mode, divide, a, b), a, b)
-    # What the compilers make of it elsewhere, a product with the reciprocal, is told apart.
-    with pytest.raises(AssertionError), np.errstate(all="ignore"):
-        assert_divides(a * (np.float32(1) / b), a, b)
-
-
-@divisions
-def test_division_by_every_block_scale(divide, rng):
-    scales = finite_values(E4M3)[1:].astype(F32)
-    gains = np.abs(random_normal_floats(rng, 2048))
-    a, b = (np.ascontiguousarray(v) for v in np.broadcast_arrays(gains[:, None], scales))
-    assert_divides(run("jit", divide, a, b), a, b)
-    assert_divides(run("jit", divide, -b, a), -b, a)
-
-
-@divisions
-@pytest.mark.parametrize("constant", [2688, 3, 0.0013377, 7e9])
-def test_division_by_a_constant(constant, divide, rng):
-    """Compilers make a product of it."""
-    a, b = random_normal_floats(rng, 4096), np.full(4096, constant, F32)
-    assert_divides(run("jit", lambda a: divide(a, jnp.full_like(a, b[0])), a), a, b)
-    assert_divides(run("jit", lambda a: divide(jnp.full_like(a, b[0]), a), a), b, a)
-    with pytest.raises(AssertionError), np.errstate(all="ignore"):
-        assert_divides(a * (np.float32(1) / b), a, b)
-
-
-@divisions
-@pytest.mark.parametrize("mode", ["jit", "jit, constant"])
-def test_division_at_the_edges(mode, divide):
-    numbers = [TINY, np.nextafter(TINY, F32.type(1)), 1, 2688, np.nextafter(F32.type(2), 0), MAX]
-    numbers = np.array([0, np.inf, np.nan, *numbers], F32)
-    numbers = np.concatenate([numbers, -numbers])
-    a, b = (v.ravel() for v in np.meshgrid(numbers, numbers))
-    assert_divides(run(mode, divide, a, b), a, b)
-
-
-def test_subnormal_operands_take_the_ordinary_division():
-    numbers = np.array([1e-45, 1e-40, -1e-39, np.nextafter(TINY, F32.type(0)), 1, -3, MAX], F32)
-    a, b = (v.ravel() for v in np.meshgrid(numbers, numbers))
-    subnormal = (np.abs(a) < TINY) | (np.abs(b) < TINY)
-    a, b = jnp.asarray(a[subnormal]), jnp.asarray(b[subnormal])
-    got, ordinary = jax.jit(lambda a, b: (nvfp4._long_divide(a, b), a / b))(a, b)
-    assert_same_bits(np.asarray(got), np.asarray(ordinary))
-
-
-_divide, _long_divide = jax.jit(nvfp4.exact_divide), jax.jit(nvfp4._long_divide)
-_normal_floats = hnp.arrays(F32, 8, elements=st.floats(width=32, allow_subnormal=False))
-
-
-@FEW
-@given(_normal_floats, _normal_floats)
-def test_any_division(a, b):
-    assert_divides(np.asarray(_divide(a, b)), a, b)
-    assert_divides(np.asarray(_long_divide(a, b)), a, b)
-
-
-def test_reciprocal_is_a_division(rng):
-    x = np.exp2(rng.uniform(-100, 100, 4096)).astype(F32)
-    assert_same_bits(np.asarray(nvfp4.reciprocal(jnp.asarray(x))), np.float32(1) / x)
-
 
 # ------------------------------------------------------------------------------------- quantise
-
-
-def nearest_codes(x):
-    """E2M1 codes by measuring the distance to each magnitude; of two equally near, the even one."""
-    even_first = np.array([0, 2, 4, 6, 1, 3, 5, 7])
-    magnitudes = E2M1_VALUES[even_first].astype(np.float64)
-    a = np.minimum(np.abs(x.astype(np.float64)), 8)  # beyond 7, 6 is the nearest anyway
-    nearest = even_first[np.argmin(np.abs(a[..., None] - magnitudes), axis=-1)]
-    return (nearest + 8 * np.signbit(x)).astype(np.uint8)
-
-
-def row_scales(global_scale, rows):
-    """The global scale of each row, by index: axis i falls into as many groups as it has scales."""
-    groups = [np.arange(n) * k // n for n, k in zip(rows, global_scale.shape, strict=False)]
-    picked = global_scale[np.ix_(*groups)] if groups else global_scale
-    return np.broadcast_to(np.expand_dims(picked, tuple(range(picked.ndim, len(rows)))), rows)
 
 
 def reference_quantise(x, global_scale, sixth=lambda amax: amax * F32.type(1 / 6)):
@@ -270,30 +55,6 @@ def reference_quantise(x, global_scale, sixth=lambda amax: amax * F32.type(1 / 6
         inverse = np.where(scale == 0, F32.type(0), gain[..., None] / scale.astype(F32))
     codes = nearest_codes(blocks * inverse[..., None]).reshape(x.shape)
     return codes[..., 0::2] + 16 * codes[..., 1::2], scale
-
-
-def reference_dequantise(data, scale, global_scale):
-    """float32 values by looking codes up."""
-    codes = np.stack([data % 16, data // 16], -1).reshape(*data.shape[:-1], -1)
-    steps = scale.astype(F32) * row_scales(np.asarray(global_scale), data.shape[:-1])[..., None]
-    return E2M1_VALUES[codes] * np.repeat(steps, 16, axis=-1)
-
-
-def mixed_rows(rng, *shape):
-    """Rows to quantise: ordinary, tiny, large, full of ties, with zeros of both signs."""
-    x = rng.normal(size=shape).reshape(-1, shape[-1])
-    for row in range(len(x)):
-        x[row] *= (1, 1e-4, 300, 1, 1e-3)[row % 5]
-        if row % 5 == 3:
-            x[row] = rng.integers(-24, 25, shape[-1]) / 4
-            x[row, ::16] = 6  # so that the block's scale is a power of two where the gain is
-        if row % 5 == 4:
-            x[row, :16] = np.where(rng.integers(0, 2, 16), 0.0, -0.0)
-    return x.reshape(shape).astype(F32)
-
-
-def scales(rng, *shape):
-    return np.exp2(rng.uniform(-9, -5, shape)).astype(F32)
 
 
 def assert_is_reference(q, x, global_scale):
@@ -754,8 +515,13 @@ def test_same_bits_with_64_bit_types(rng):
 
     @jax.jit
     def roundings(a, b):
-        rounded = [nvfp4.round_to(a, dtype) for dtype in (BF16, F16, E4M3)]
-        return [*rounded, nvfp4.e2m1_codes(a), nvfp4.exact_divide(a, b), nvfp4._long_divide(a, b)]
+        rounded = [rounding.round_to(a, dtype) for dtype in (BF16, F16, E4M3)]
+        return [
+            *rounded,
+            rounding.e2m1_codes(a),
+            rounding.exact_divide(a, b),
+            rounding._long_divide(a, b),
+        ]
 
     def everything():
         results = [nvm.quantize(x)]
@@ -771,59 +537,3 @@ def test_same_bits_with_64_bit_types(rng):
         with pytest.raises(TypeError, match="x has dtype float64"):
             nvm.quantize(x.astype(np.float64))
     assert same_arrays(wide, narrow)
-
-
-# ------------------------------------------------------------------------------------- pytree
-
-
-def random_array(rng, experts, rows, columns):
-    scale = rng.integers(1, 0x7F, (experts, rows, columns // 16)).astype(np.uint8)
-    return nvm.Nvfp4Array(
-        jnp.asarray(rng.integers(0, 256, (experts, rows, columns // 2)).astype(np.uint8)),
-        jnp.asarray(scale.view(E4M3)),
-        jnp.asarray(scales(rng, experts)),
-    )
-
-
-def test_array_is_a_pytree(rng):
-    q = random_array(rng, 4, 4, 32)
-    leaves, treedef = jax.tree.flatten(q)
-    assert [leaf.dtype for leaf in leaves] == [jnp.uint8, jnp.float8_e4m3fn, jnp.float32]
-    assert same_arrays(jax.tree.unflatten(treedef, leaves), q)
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(q)]
-    assert names == [".data", ".scale", ".global_scale"]
-    first = jax.tree.map(lambda leaf: leaf[0], q)
-    assert isinstance(first, nvm.Nvfp4Array)
-    assert first.shape == (4, 32)
-    np.testing.assert_array_equal(nvm.dequantize(first), nvm.dequantize(q)[0])
-
-
-def test_array_goes_through_jit_and_scan(rng):
-    q = random_array(rng, 4, 4, 32)
-    want = np.asarray(nvm.dequantize(q))
-    np.testing.assert_array_equal(jax.jit(nvm.dequantize)(q), want)
-    _, each = jax.lax.scan(lambda carry, one: (carry, nvm.dequantize(one)), None, q)
-    np.testing.assert_array_equal(each, want)
-    np.testing.assert_array_equal(jax.vmap(nvm.dequantize)(q), want)
-    assert same_arrays(jax.jit(lambda q: q)(q), q)
-
-
-def test_array_moves_between_devices(rng):
-    q = random_array(rng, 4, 4, 32)
-    moved = jax.device_put(q, jax.devices()[1])
-    assert all(leaf.devices() == {jax.devices()[1]} for leaf in jax.tree.leaves(moved))
-    assert same_arrays(moved, q)
-    mesh = jax.make_mesh((4,), ("e",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.device_put(q, jax.NamedSharding(mesh, jax.P("e")))
-    assert all(leaf.addressable_shards[0].data.shape[0] == 1 for leaf in jax.tree.leaves(split))
-    assert same_arrays(split, q)
-    np.testing.assert_array_equal(nvm.dequantize(split), nvm.dequantize(q))
-
-
-def test_sizes(rng):
-    q = random_array(rng, 3, 4, 64)
-    assert q.shape == (3, 4, 64)
-    assert q.nbytes == 3 * 4 * (32 + 4) + 3 * 4
-    shapes = jax.eval_shape(functools.partial(nvm.quantize, per="row"), jnp.ones((5, 32)))
-    assert shapes.shape == (5, 32)
-    assert shapes.nbytes == 5 * (16 + 2 + 4)

@@ -10,18 +10,20 @@ import pytest
 
 from tests.core.test_format import (  # noqa: F401
     test_block_scales_at_their_ties,
-    test_codes_at_every_boundary,
     test_dequantise_looks_codes_up,
     test_quantise_at_given_scales,
     test_quantise_in_every_mode,
     test_quantise_with_its_own_scale,
-    test_rounds_at_every_boundary,
 )
 from tests.core.test_goldens import (  # noqa: F401
     test_block_scales,
     test_dequantize,
     test_layer,
     test_quantise_dequantise,
+)
+from tests.core.test_rounding import (  # noqa: F401
+    test_codes_at_every_boundary,
+    test_rounds_at_every_boundary,
 )
 from tests.implementations.test_conformance import (  # noqa: F401
     test_eager_matches_float64,

@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe import devices, layouts
-from jax_nvfp4_moe.format import round_to
 from jax_nvfp4_moe.implementations.triton import decode, epilogues, tilings
 from jax_nvfp4_moe.implementations.triton import implementation as triton
+from jax_nvfp4_moe.rounding import round_to
 from tests.support import conformance, oracle
 from tests.support.conformance import CASES, LAYOUT_CASES, SLOW_CASES, Case, case, make_layer, run
 

@@ -187,8 +187,8 @@ MISTAKES = (
         code='nvm.quantize(x, 0.01, per="row")',
         error="ValueError",
         message=(
-            "per is 'row', but global_scale was given: leave one of them out, its shape says "
-            "what shares a scale"
+            "per is 'row', but global_scale was given: leave one of them out; the shape of "
+            "global_scale says which rows share a scale"
         ),
         argument="per",
         given="'row'",

@@ -20,13 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int8
 
-from jax_nvfp4_moe.format import (
-    BLOCK_SIZE,
-    Nvfp4Array,
-    doubled_nibbles,
-    expand_global_scale,
-    round_to,
-)
+from jax_nvfp4_moe.format import BLOCK_SIZE, doubled_nibbles
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array, expand_global_scale
+from jax_nvfp4_moe.rounding import round_to
 
 
 class Rows(NamedTuple):

@@ -15,20 +15,11 @@ from jaxtyping import Array, Float, Float32
 
 from jax_nvfp4_moe.activations import activate
 from jax_nvfp4_moe.experts import ExpertWeights
-from jax_nvfp4_moe.format import (
-    BLOCK_SIZE,
-    Nvfp4Array,
-    doubled_codes,
-    exact_divide,
-    expand_global_scale,
-    largest_magnitude,
-    quantize_blocks,
-    reciprocal,
-    round_to,
-    scale_for,
-)
+from jax_nvfp4_moe.format import BLOCK_SIZE, doubled_codes, quantize_blocks, scale_for
 from jax_nvfp4_moe.implementations.base import Call, Numerics
 from jax_nvfp4_moe.implementations.common.contractions import Rows, WeightValues
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array, expand_global_scale
+from jax_nvfp4_moe.rounding import exact_divide, largest_magnitude, reciprocal, round_to
 
 Contract = Callable[[Rows, Nvfp4Array, WeightValues], Array]
 

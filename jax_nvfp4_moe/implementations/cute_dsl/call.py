@@ -18,7 +18,7 @@ from jax_nvfp4_moe.bridge import cute_dsl
 from jax_nvfp4_moe.bridge.call import Argument, InOut, Output
 from jax_nvfp4_moe.bridge.call import call as bridge_call
 from jax_nvfp4_moe.experts import ExpertWeights
-from jax_nvfp4_moe.format import BLOCK_SIZE, Nvfp4Array, quantize, reciprocal
+from jax_nvfp4_moe.format import BLOCK_SIZE, quantize
 from jax_nvfp4_moe.implementations.base import Call
 from jax_nvfp4_moe.implementations.common.native import run_kernels
 from jax_nvfp4_moe.implementations.common.recipes import Recipe
@@ -28,7 +28,9 @@ from jax_nvfp4_moe.implementations.cute_dsl.sort import (
     rows_of_pairs,
 )
 from jax_nvfp4_moe.layouts import swizzle_scales
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 from jax_nvfp4_moe.relayout import to_layout
+from jax_nvfp4_moe.rounding import reciprocal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float32
 
 from jax_nvfp4_moe.activations import Activation, activate_parts
-from jax_nvfp4_moe.format import BLOCK_SIZE, E4M3_MAX, clamp, doubled_codes, quantize_blocks
+from jax_nvfp4_moe.format import BLOCK_SIZE, doubled_codes, quantize_blocks
+from jax_nvfp4_moe.rounding import E4M3_MAX, clamp
 
 
 def gemm1(

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float32
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.bridge.call import Argument
 from jax_nvfp4_moe.experts import ExpertWeights
-from jax_nvfp4_moe.format import reciprocal
 from jax_nvfp4_moe.layouts import w2_row_order, w13_row_order
+from jax_nvfp4_moe.rounding import reciprocal
 
 # ActivationType, in include/flashinfer/trtllm/fused_moe/runner.h of flashinfer-python 0.6.13.
 ACT_TYPES = {"silu": 3, "gelu": 4, "swiglu_oai": 3, "relu2": 6}
