@@ -908,7 +908,7 @@ def test_gate_and_up_have_scales_of_their_own(tmp_path, rng):
     assert apart(wrong, right) > 0.5
     first = written.experts[0]
     largest = {
-        "input_scale": first.w13_input_scale.max(),
+        "w13_input_scale": first.w13_input_scale.max(),
         "w2_input_scale": first.w2_input_scale.max(),
     }
     assert np.array_equal(right, outputs(dataclasses.replace(first, **largest)))

@@ -150,7 +150,7 @@ def test_rows_are_gate_then_up(rng):
 def test_gate_and_up_keep_their_own_global_scales(rng):
     gate, up, down = matrices(rng)
     gate = up * F32.type(2.0**-10)
-    experts = nvm.quantize_experts(gate, up, down)
+    experts = nvm.quantize_experts(gate, up, down, separate_scales=True)
     scales = np.asarray(experts.w13.global_scale)
     np.testing.assert_array_equal(scales[:, 0], scales[:, 1] * 2.0**-10)
     amax = np.abs(np.stack([gate, up], axis=1)).max((2, 3))
@@ -308,7 +308,7 @@ NOT_BUILT = {
     ),
     "a scale each, but not gate and up": (
         lambda: nvm.quantize_experts(GATE, UP, DOWN, np.ones(2), 0.5),
-        r"experts.w13_input_scale has shape \(2,\), expected \(\) or \(2, 2\)",
+        r"experts.w13_input_scale has shape \(2,\), expected \(\) or \(2, 1\) or \(2, 2\)",
     ),
     "hidden scales of gate and up": (
         lambda: nvm.quantize_experts(GATE, UP, DOWN, 0.5, np.ones((2, 2))),
@@ -496,7 +496,7 @@ def test_refuses_to_prepare(rng):
         nvm.prepare(experts.w13, "trtllm")
 
 
-# ------------------------------------------------------------------------------------- select
+# ------------------------------------------------------------------------------------- take_experts
 
 
 @each_layout
@@ -517,9 +517,9 @@ def test_select(size, shape, layout, rng):
     )
     assert same(got, want)
     assert got.layout == "linear"
-    assert same(jax.jit(select)(experts, jnp.asarray(ids)), want)
+    assert same(jax.jit(take_experts)(experts, jnp.asarray(ids)), want)
     assert not same(take_experts(experts, 1 - jnp.asarray(ids)), want)
-    shapes = jax.eval_shape(select, experts, jnp.asarray(ids))
+    shapes = jax.eval_shape(take_experts, experts, jnp.asarray(ids))
     assert shapes.w13.shape == (*shape, *linear.w13.shape[1:])
 
 
@@ -595,7 +595,7 @@ UNFIT = [
         "w13.global_scale",
         lambda a: a[:, 0],
         ValueError,
-        r"experts.w13.global_scale has shape \(3,\), expected \(3, 2\)",
+        r"experts.w13.global_scale has shape \(3,\), expected \(3, 1\) or \(3, 2\)",
     ),
     (
         "w2.global_scale",
@@ -623,7 +623,7 @@ UNFIT = [
         "w13_input_scale",
         lambda a: a[:, 0],
         ValueError,
-        r"experts.w13_input_scale has shape \(3,\), expected \(\) or \(3, 2\)",
+        r"experts.w13_input_scale has shape \(3,\), expected \(\) or \(3, 1\) or \(3, 2\)",
     ),
     ("w2_input_scale", lambda a: a[:2], ValueError, r"experts.w2_input_scale has shape \(2,\)"),
     (
