@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe import devices
 from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.global_scale import expand_global_scale
 from jax_nvfp4_moe.implementations.base import Call
 from jax_nvfp4_moe.implementations.common.contractions import Rows
 from jax_nvfp4_moe.implementations.common.grouping import Tiles, group
@@ -25,7 +26,7 @@ from jax_nvfp4_moe.implementations.triton.kernels import (
     quantize_rows,
 )
 from jax_nvfp4_moe.implementations.triton.tilings import Tilings, tilings
-from jax_nvfp4_moe.nvfp4_array import Nvfp4Array, expand_global_scale
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 from jax_nvfp4_moe.relayout import row_orders
 
 # Rows in quarters, and what they are still to be multiplied by: one number [1], one for each, None.
