@@ -174,7 +174,7 @@ def _entries(index: Any, shape: tuple[int, ...]) -> tuple[Entry, ...]:
             "scales: index the leading axes alone, or dequantize(q) first"
         )
     chosen = [axis for axis, entry in enumerate(entries) if not isinstance(entry, slice)]
-    if any(np.ndim(entries[axis]) for axis in chosen) and np.any(np.diff(chosen) > 1):
+    if any(getattr(entries[axis], "ndim", 0) for axis in chosen) and np.any(np.diff(chosen) > 1):
         raise IndexError(
             f"index has integers or arrays for axes {chosen} with a slice between them, expected "
             "them next to each other: index in two steps"
