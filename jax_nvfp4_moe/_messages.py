@@ -12,7 +12,7 @@ INPUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def described(value: Any) -> str:
-    """What an argument was, for an error message; never an array's values."""
+    """Returns a few words for an argument, for an error message, without an array's values."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"an array of shape {value.shape} and dtype {value.dtype}"
     if value is None or isinstance(value, (str, bool, int, float)):
@@ -20,7 +20,8 @@ def described(value: Any) -> str:
     if callable(value) and hasattr(value, "__name__"):
         return f"the function {value.__name__}"
     kind = type(value).__name__
-    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+    # "an Nvfp4Array": its first letter is spoken.
+    return f"{'an' if kind[0] in 'AEIOUaeiou' or kind.startswith('Nv') else 'a'} {kind}"
 
 
 def as_array(name: str, value: Any, dtype: Any = None) -> Array:

@@ -1,4 +1,8 @@
-"""Activations between the two GEMMs of an expert: what each one computes and where it rounds."""
+"""Activations between the two GEMMs of an expert: what each one computes and where it rounds.
+
+To add one, add a row to `_DEFINITIONS`: the emulation, the Triton kernels and the gradient compute
+it from there. Each of the native implementations has a table of the activations that it compiles.
+"""
 
 import dataclasses
 import difflib
@@ -13,14 +17,56 @@ from jaxtyping import Array, Float32
 from jax_nvfp4_moe._messages import described
 from jax_nvfp4_moe.rounding import clamp
 
-# The parameters each activation has, with their defaults. `swiglu_oai` is gpt-oss's:
-# modeling_gpt_oss.py of Hugging Face transformers.
-_PARAMETERS = {
-    "silu": {"limit": math.inf},
-    "gelu": {"limit": math.inf},
-    "gelu_tanh": {"limit": math.inf},
-    "swiglu_oai": {"alpha": 1.702, "beta": 1.0, "limit": 7.0},
-    "relu2": {},
+Erf = Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Definition:
+    """One activation.
+
+    Attributes:
+        curve: the function of the gate, or of the whole output if not gated.
+        defaults: the parameters that it has, with their defaults.
+        gated: whether GEMM1 yields a gate beside up.
+    """
+
+    curve: "Callable[[Array, Activation, Erf], Array]"
+    defaults: dict[str, float]
+    gated: bool = True
+
+
+def _sigmoid_curve(gate: Array, activation: "Activation", erf: Erf) -> Array:
+    # Not vLLM's gate / (1 + exp(-gate)): rounded to bfloat16 it is the same, but its derivative is
+    # 0 * inf where the exp overflows.
+    alpha = 1.0 if activation.alpha is None else activation.alpha
+    return gate * jax.nn.sigmoid(alpha * gate)
+
+
+def _gelu(gate: Array, activation: "Activation", erf: Erf) -> Array:
+    return gate * 0.5 * (1 + erf(gate * math.sqrt(0.5)))
+
+
+def _gelu_tanh(gate: Array, activation: "Activation", erf: Erf) -> Array:
+    # Beyond 10 the tanh is exactly 1. The bound keeps the cube from overflowing, where its
+    # derivative would be 0 * inf.
+    near = jnp.clip(gate, -10, 10)
+    inner = math.sqrt(2 / math.pi) * (near + 0.044715 * near**3)
+    return 0.5 * gate * (1 + jnp.tanh(inner))
+
+
+def _relu2(x: Array, activation: "Activation", erf: Erf) -> Array:
+    positive = jax.nn.relu(x)
+    return positive * positive
+
+
+_NO_LIMIT = {"limit": math.inf}
+_DEFINITIONS = {
+    "silu": _Definition(_sigmoid_curve, _NO_LIMIT),
+    "gelu": _Definition(_gelu, _NO_LIMIT),
+    "gelu_tanh": _Definition(_gelu_tanh, _NO_LIMIT),
+    # gpt-oss's: modeling_gpt_oss.py of Hugging Face transformers.
+    "swiglu_oai": _Definition(_sigmoid_curve, {"alpha": 1.702, "beta": 1.0, "limit": 7.0}),
+    "relu2": _Definition(_relu2, {}, gated=False),
 }
 
 
@@ -54,22 +100,24 @@ class Activation:
     limit: float | None = None
 
     def __post_init__(self) -> None:
-        names = ", ".join(_PARAMETERS)
+        names = ", ".join(_DEFINITIONS)
         expected = f"activation is {described(self.name)}, expected one of {names}"
         if not isinstance(self.name, str):
             raise TypeError(f"{expected}, or an Activation")
-        if self.name not in _PARAMETERS:
-            near = difflib.get_close_matches(self.name.lower(), _PARAMETERS, n=1)
+        if self.name not in _DEFINITIONS:
+            near = difflib.get_close_matches(self.name.lower(), _DEFINITIONS, n=1)
             raise ValueError(expected + (f": did you mean {near[0]!r}?" if near else ""))
         for parameter in ("alpha", "beta", "limit"):
             object.__setattr__(self, parameter, self._resolved(parameter))
 
     def _resolved(self, parameter: str) -> float | None:
-        value, defaults = getattr(self, parameter), _PARAMETERS[self.name]
+        value, defaults = getattr(self, parameter), _DEFINITIONS[self.name].defaults
         if value is None:
             return defaults.get(parameter)
         if parameter not in defaults:
-            having = " or ".join(name for name in _PARAMETERS if parameter in _PARAMETERS[name])
+            having = " or ".join(
+                name for name, each in _DEFINITIONS.items() if parameter in each.defaults
+            )
             raise ValueError(
                 f"{parameter} is {value!r}, but activation {self.name!r} has none: leave it out, "
                 f"or use {having}"
@@ -85,7 +133,7 @@ class Activation:
     @property
     def gated(self) -> bool:
         """Whether GEMM1 yields a gate beside up, so that its rows are twice I."""
-        return self.name != "relu2"
+        return _DEFINITIONS[self.name].gated
 
     @staticmethod
     def of(spec: "str | Activation") -> "Activation":
@@ -133,7 +181,7 @@ def activate_parts(
     activation: Activation,
     *,
     round_to: Callable[[Array], Array] | None = None,
-    erf: Callable[[Array], Array] = jax.lax.erf,
+    erf: Erf = jax.lax.erf,
 ) -> Float32[Array, "*batch I"]:
     """`activate`, with gate and up apart.
 
@@ -144,37 +192,18 @@ def activate_parts(
       erf: the error function, for kernels whose language has none.
     """
     rounded = round_to or (lambda x: x)
+    curve = _DEFINITIONS[activation.name].curve
     if not activation.gated:
-        positive = jax.nn.relu(parts[0])
-        return rounded(positive * positive)
+        return rounded(curve(parts[0], activation, erf))
 
     gate, up = parts
     if activation.limit is not None and activation.limit < math.inf:
         gate = clamp(gate, -math.inf, activation.limit)
         up = clamp(up, -activation.limit, activation.limit)
-    bent = rounded(_bend(gate, activation, erf))
+    bent = rounded(curve(gate, activation, erf))
     if activation.beta is not None:
         up = up + activation.beta
     return rounded(bent * up)
-
-
-def _bend(
-    gate: Float32[Array, "*batch I"], activation: Activation, erf: Callable[[Array], Array]
-) -> Float32[Array, "*batch I"]:
-    match activation.name:
-        case "gelu":
-            return gate * 0.5 * (1 + erf(gate * math.sqrt(0.5)))
-        case "gelu_tanh":
-            # Beyond 10 the tanh is flat, exactly 1: the bound keeps the cube from overflow, whose
-            # derivative would be 0 * inf.
-            near = jnp.clip(gate, -10, 10)
-            inner = math.sqrt(2 / math.pi) * (near + 0.044715 * near**3)
-            return 0.5 * gate * (1 + jnp.tanh(inner))
-        case _:
-            # Not vLLM's gate / (1 + exp(-gate)): rounded to bfloat16 it is the same, but where the
-            # exp overflows its derivative is 0 * inf.
-            alpha = 1.0 if activation.alpha is None else activation.alpha
-            return gate * jax.nn.sigmoid(alpha * gate)
 
 
 def _check_c1(c1: Array, activation: Activation) -> None:

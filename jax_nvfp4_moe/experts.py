@@ -20,8 +20,9 @@ from jaxtyping import Array, Float32
 from jax_nvfp4_moe import layouts
 from jax_nvfp4_moe._messages import check_name, described
 from jax_nvfp4_moe.format import BLOCK_SIZE
+from jax_nvfp4_moe.global_scale import check_global_scale
 from jax_nvfp4_moe.layouts import Layout
-from jax_nvfp4_moe.nvfp4_array import Nvfp4Array, check_global_scale
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 
 ActivationScheme = Literal["static", "per_token", "none"]
 

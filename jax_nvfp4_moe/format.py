@@ -20,7 +20,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from jax_nvfp4_moe._messages import INPUT_DTYPES, as_array, check_dtype, check_name, described
-from jax_nvfp4_moe.nvfp4_array import Nvfp4Array, check_global_scale, expand_global_scale
+from jax_nvfp4_moe.global_scale import check_global_scale, expand_global_scale
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 from jax_nvfp4_moe.rounding import (
     E4M3_MAX,
     clamp,

@@ -435,7 +435,9 @@ def test_elsewhere_it_is_what_route_does(routing, bias, add):
     def loss(in_kernel):
         def run(x, logits, bias):
             implementation = IN_KERNEL if in_kernel else "emulation"
-            y = nvm.nvfp4_moe(x, logits, experts, routing, selection_bias=bias, implementation=implementation)
+            y = nvm.nvfp4_moe(
+                x, logits, experts, routing, selection_bias=bias, implementation=implementation
+            )
             return (y**2).sum(), y
 
         return jax.value_and_grad(run, argnums=(0, 1), has_aux=True)

@@ -21,7 +21,8 @@ from jax import lax
 from jaxtyping import Array, Float32, Int8
 
 from jax_nvfp4_moe.format import BLOCK_SIZE, doubled_nibbles
-from jax_nvfp4_moe.nvfp4_array import Nvfp4Array, expand_global_scale
+from jax_nvfp4_moe.global_scale import expand_global_scale
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 from jax_nvfp4_moe.rounding import round_to
 
 

@@ -11,12 +11,12 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe.activations import activate
 from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.global_scale import expand_global_scale
 from jax_nvfp4_moe.implementations.base import Call, Numerics
 from jax_nvfp4_moe.implementations.common.contractions import Rows, WeightValues, dot
 from jax_nvfp4_moe.implementations.common.grouping import group, tile_rows
 from jax_nvfp4_moe.implementations.common.recipes import Recipe
 from jax_nvfp4_moe.implementations.common.sharded import local_ids, varying_zeros
-from jax_nvfp4_moe.nvfp4_array import expand_global_scale
 from jax_nvfp4_moe.relayout import take_experts
 from jax_nvfp4_moe.rounding import round_to
 

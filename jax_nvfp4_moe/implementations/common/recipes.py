@@ -18,7 +18,7 @@ from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.format import BLOCK_SIZE, doubled_codes, quantize_blocks, scale_for
 from jax_nvfp4_moe.implementations.base import Call, Numerics
 from jax_nvfp4_moe.implementations.common.contractions import Rows, WeightValues
-from jax_nvfp4_moe.nvfp4_array import Nvfp4Array, expand_global_scale
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 from jax_nvfp4_moe.rounding import exact_divide, largest_magnitude, reciprocal, round_to
 
 Contract = Callable[[Rows, Nvfp4Array, WeightValues], Array]

@@ -15,11 +15,12 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_nvfp4_moe._messages import check_name
 from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.global_scale import expand_global_scale
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Plan, Problem, Routed
 from jax_nvfp4_moe.implementations.common.recipes import Recipe
 from jax_nvfp4_moe.implementations.common.reports import packed_reads
 from jax_nvfp4_moe.implementations.common.sharded import local_ids, varying_zeros
-from jax_nvfp4_moe.nvfp4_array import Nvfp4Array, expand_global_scale
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 from jax_nvfp4_moe.relayout import row_orders
 from jax_nvfp4_moe.rounding import round_to
 

@@ -24,7 +24,7 @@ from jax_nvfp4_moe.implementations.triton.kernels import (
     quantize_rows,
 )
 from jax_nvfp4_moe.implementations.triton.tilings import Tilings, tilings
-from jax_nvfp4_moe.nvfp4_array import Nvfp4Array, expand_global_scale
+from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 from jax_nvfp4_moe.relayout import row_orders
 
 # Rows in quarters, and what they are still to be multiplied by: one number [1], one for each, None.
