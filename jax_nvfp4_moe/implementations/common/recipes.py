@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32
 from jax_nvfp4_moe.activations import activate
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.format import BLOCK_SIZE, doubled_codes, quantize_blocks, scale_for
+from jax_nvfp4_moe.global_scale import expand_global_scale
 from jax_nvfp4_moe.implementations.base import Call, Numerics
 from jax_nvfp4_moe.implementations.common.contractions import Rows, WeightValues
 from jax_nvfp4_moe.nvfp4_array import Nvfp4Array

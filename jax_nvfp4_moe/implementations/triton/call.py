@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe.experts import ExpertWeights
+from jax_nvfp4_moe.global_scale import expand_global_scale
 from jax_nvfp4_moe.implementations.base import Problem
 from jax_nvfp4_moe.implementations.common.contractions import Rows
 from jax_nvfp4_moe.implementations.common.grouping import Tiles, group
