@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jax_nvfp4_moe.bridge.manifest import CACHE_VARIABLE
-from tests.support.compile_flags import QUICK
+from tests.support.compile_flags import EXACT, QUICK
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -37,6 +37,8 @@ def _has_two_kinds_of_workers(config):
 
 
 def pytest_configure(config):
+    if moved := [path for path in EXACT if not (Path(__file__).parents[1] / path).exists()]:
+        raise pytest.UsageError(f"compile_flags.EXACT names {moved}, which are not there")
     if config.getoption("--quick-compile"):  # XLA reads them when the first test needs it.
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK])
     if _has_two_kinds_of_workers(config):

@@ -8,6 +8,7 @@ EXACT = (
     "tests/core/test_activations.py",
     "tests/core/test_format.py",
     "tests/core/test_goldens.py",
+    "tests/core/test_rounding.py",
     "tests/implementations/test_conformance.py",
     "tests/implementations/test_emulation.py",
 )
