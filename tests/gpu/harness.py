@@ -1,7 +1,8 @@
 """A module of functions that launch CUDA kernels, built here; and calls of them.
 
-On a GPU it is linked to the runtime and the driver that JAX uses. Elsewhere to `host_cuda.cc`,
-which runs the same kernels on the host: that tries the tests and the bridge, not the GPU.
+On a GPU the module is linked to the runtime and the driver that JAX uses. Elsewhere it contains
+`host_cuda.cc`, which runs the same kernels on the host: that tries the tests and the bridge, not
+the GPU.
 """
 
 import ctypes
@@ -78,27 +79,21 @@ def cuda_libraries():
     return [paths[-1] for paths in found]  # the latest, where there are several
 
 
-def compiled(source, out, *more):
-    """Compiles a shared library with the compiler that is there."""
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
-    subprocess.run(
-        [shutil.which("g++"), *flags, f"-Wa,-I,{HERE}", "-o", out, HERE / source, *more], check=True
-    )
-    return out
-
-
 def build(place, folder, tvm_ffi):
-    """Builds the module in a folder; `tvm_ffi` is that package's."""
+    """Builds the module in a folder; `tvm_ffi` is that package's folder."""
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+    includes = [f"-Wa,-I,{HERE}", "-isystem", tvm_ffi / "include"]
     if place == "cuda":
         libraries = cuda_libraries()
+        cuda = [*libraries, *(f"-Wl,-rpath,{library.parent}" for library in libraries)]
     else:
-        soname = "-Wl,-soname,libhost_cuda.so"  # not libcudart's, which JAX may have loaded
-        libraries = [compiled("host_cuda.cc", folder / "libhost_cuda.so", soname)]
-    rpath = [f"-Wl,-rpath,{library.parent}" for library in libraries]
-    includes = ["-isystem", tvm_ffi / "include"]
-    path = compiled(
-        "functions.cc", folder / "libgpu_tests.so", *includes, *libraries, *rpath, "-ldl"
-    )
+        # Bound at link time, since a global symbol takes precedence over a module's own: to compile
+        # a Mosaic GPU kernel, JAX's CUDA plugin loads libmosaic_gpu_runtime.so globally, which
+        # exports the driver's names (jax-cuda13-plugin@0.10.2).
+        cuda = [HERE / "host_cuda.cc", "-Wl,-Bsymbolic"]
+    path = folder / "libgpu_tests.so"
+    command = [shutil.which("g++"), *flags, *includes, HERE / "functions.cc", *cuda, "-ldl"]
+    subprocess.run([*command, "-o", path], check=True)
     return Module(path, place)
 
 

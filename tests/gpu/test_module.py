@@ -1,19 +1,15 @@
-"""The tests' own module, as far as that can be seen without a GPU; and what XLA makes of calls."""
+"""The tests' own module, as far as that can be seen without a GPU."""
 
 import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from jax_nvfp4_moe.bridge import library
-from tests.aot import harness as aot
-
-from .harness import HERE, PTX, reverse
+from .harness import HERE, PTX
 
 KERNELS = {"axpb", "reverse", "silu_and_mul", "idle"}
 
@@ -52,27 +48,35 @@ def test_kernels_are_those_of_their_source():
     }
 
 
-@pytest.mark.aot
-@pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize(("calls", "recorded"), [(8, True), (1, False)])
-def test_xla_records_a_chain_of_calls(target, calls, recorded, tmp_path):
-    """As compiled for a GPU that is not there: in a command buffer, with one workspace for all."""
-    if (reason := aot.missing() or library.unavailable()) is not None:
-        pytest.skip(reason)
-    library.register_targets("cpu")  # beside which the other has to be sound
-    library.register_targets("cuda")
+# Loads a library globally that exports the driver's names, then calls the module.
+INTERPOSED = """
+import ctypes, sys
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+import jax.numpy as jnp
+from pathlib import Path
+from jax_nvfp4_moe.bridge import library
+from tests.gpu import harness
+from tests.support.host import CUDA, present_host_as
 
-    def chain(x):
-        for _ in range(calls):
-            x = reverse(x, workspace=1 << 20)
-        return x
+library.register_module(harness.MODULE, Path(sys.argv[2]), tvm_ffi=Path(sys.argv[3]))
+library.register_targets("cpu")
+present_host_as(CUDA, 1)
+print(harness.axpb(jnp.arange(3.0), factor=2.0))
+assert ctypes.CDLL(None).cuModuleLoadData() == 303
+"""
 
-    sharding = jax.sharding.SingleDeviceSharding(aot._device(target))
-    x = jax.ShapeDtypeStruct((1024,), jnp.float32, sharding=sharding)
-    lowered = jax.jit(chain).trace(x).lower(lowering_platforms=("cuda",))
-    compiled = lowered.compile(compiler_options={"xla_dump_to": str(tmp_path)})
-    # One workspace, and the arrays between two calls.
-    assert compiled.memory_analysis().temp_size_in_bytes < (1 << 20) + 4 * 4096
-    thunks = "".join(path.read_text() for path in tmp_path.glob("*.thunk_sequence*.txt"))
-    assert thunks.count("kCustomCall") >= calls
-    assert ("kCommandBuffer" in thunks) == recorded
+
+@pytest.mark.parametrize("built", ["host"], indirect=True)
+def test_global_symbols_do_not_replace_the_stand_in(built, tvm_ffi, tmp_path):
+    names = re.findall(r"^EXPORTED int (cu\w+)", (HERE / "host_cuda.cc").read_text(), re.M)
+    assert "cuModuleLoadData" in names
+    other = tmp_path / "libother.so"
+    source = "".join(f"int {name}() {{ return 303; }}\n" for name in names)
+    command = [shutil.which("gcc"), "-shared", "-fPIC", "-x", "c", "-", "-o", other]
+    subprocess.run(command, input=source.encode(), check=True)
+    arguments = map(str, (other, built.path, tvm_ffi / "lib" / "libtvm_ffi.so"))
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPOSED, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[0. 2. 4.]\n"
