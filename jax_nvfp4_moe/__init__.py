@@ -4,6 +4,7 @@ from jax_nvfp4_moe import checkpoint as checkpoint
 from jax_nvfp4_moe import parallel as parallel
 from jax_nvfp4_moe.activations import Activation as Activation
 from jax_nvfp4_moe.bridge.cute_dsl import Tactic as Tactic
+from jax_nvfp4_moe.bridge.manifest import register_all as register_all
 from jax_nvfp4_moe.checkpoint import Checkpoint as Checkpoint
 from jax_nvfp4_moe.checkpoint import CheckpointError as CheckpointError
 from jax_nvfp4_moe.checkpoint import load_checkpoint as load_checkpoint
@@ -11,6 +12,7 @@ from jax_nvfp4_moe.checkpoint import load_experts as load_experts
 from jax_nvfp4_moe.checkpoint import save_checkpoint as save_checkpoint
 from jax_nvfp4_moe.experts import ExpertWeights as ExpertWeights
 from jax_nvfp4_moe.experts import validate as validate
+from jax_nvfp4_moe.exporting import EXPORT_CHECKS as EXPORT_CHECKS
 from jax_nvfp4_moe.format import dequantize as dequantize
 from jax_nvfp4_moe.format import pack as pack
 from jax_nvfp4_moe.format import quantize as quantize
@@ -18,6 +20,7 @@ from jax_nvfp4_moe.format import unpack as unpack
 from jax_nvfp4_moe.implementations.base import Implementation as Implementation
 from jax_nvfp4_moe.implementations.cpu import Cpu as Cpu
 from jax_nvfp4_moe.implementations.cute_dsl import CuteDsl as CuteDsl
+from jax_nvfp4_moe.implementations.cute_dsl import tune as tune
 from jax_nvfp4_moe.implementations.emulation import Emulation as Emulation
 from jax_nvfp4_moe.implementations.triton import Triton as Triton
 from jax_nvfp4_moe.implementations.trtllm import Trtllm as Trtllm

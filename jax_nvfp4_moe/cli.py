@@ -270,7 +270,7 @@ def tune_cute_dsl(as_json: bool, **options: Any) -> None:
     The table is tactics.json in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe; calls that
     are traced from then on look there.
     """
-    from jax_nvfp4_moe.implementations.cute_dsl.tune import tune  # noqa: PLC0415
+    from jax_nvfp4_moe.implementations.cute_dsl import tune  # noqa: PLC0415
 
     with _plain_errors(NotImplementedError, ValueError):
         found = tune(**options)

@@ -30,12 +30,14 @@ class Variant:
     finalize: bool = True
 
 
-# Those of each version of flashinfer-python, the newest last.
+# The activations that the kernels of 0.7.2 compute.
+ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai", "relu2")
+# The variants of each version of flashinfer-python, the newest last.
 VERSIONS: dict[str, tuple[Variant, ...]] = {
     "0.6.13": (Variant(),),
     "0.7.2.post1": tuple(
         Variant(activation, scheme, finalize)
-        for activation in ("silu", "swiglu_oai", "gelu_tanh", "relu2")
+        for activation in ACTIVATIONS
         for scheme in ("static", "per_token", "none")
         for finalize in (True, False)
         # W4A16's addition has top_k compiled in.

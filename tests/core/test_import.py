@@ -9,10 +9,12 @@ import jax_nvfp4_moe as nvm
 PUBLIC = {
     *("Activation", "ExpertWeights", "Nvfp4Array", "Routing"),
     *("quantize", "dequantize", "pack", "unpack"),
-    *("quantize_experts", "prepare", "validate"),
+    *("quantize_experts", "share_scales", "SharedScales", "prepare", "validate"),
     *("MoeLayer", "Router", "Mlp", "Checkpoint", "CheckpointError"),
     *("load_experts", "load_checkpoint", "save_checkpoint"),
-    *("route", "nvfp4_moe", "nvfp4_moe_routed", "explain"),
+    *("route", "nvfp4_moe", "nvfp4_moe_routed", "explain", "Report"),
+    *("Implementation", "Emulation", "Cpu", "Triton", "Trtllm", "CuteDsl", "Tactic"),
+    *("register_all", "tune"),
 }
 
 NOT_NEEDED = """

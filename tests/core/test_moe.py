@@ -11,7 +11,6 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe import selection
-from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.implementations.base import Implementation, Plan, first_reason
 from tests.support import oracle
 from tests.support.conformance import DTYPES, Case, check, make_layer, reference
@@ -97,8 +96,7 @@ def test_export_for_cpu_and_cuda(scheme, tokens, rng):
     layer = layer_of(rng, tokens, scheme=scheme)
     arguments = *arrays(layer), layer.experts
     call = jax.jit(nvm.nvfp4_moe_routed)
-    check = jax.export.DisabledSafetyCheck.custom_call(library.CPU_LAYER)
-    export = jax.export.export(call, platforms=("cpu", "cuda"), disabled_checks=[check])
+    export = jax.export.export(call, platforms=("cpu", "cuda"), disabled_checks=nvm.EXPORT_CHECKS)
     exported = export(*arguments)
     loaded = jax.export.deserialize(exported.serialize())
     assert loaded.platforms == ("cpu", "cuda")

@@ -244,8 +244,7 @@ def test_export(rng):
     call = jax.jit(functools.partial(nvm.nvfp4_moe_routed, implementation="cpu"))
     with pytest.raises(ValueError, match=library.CPU_LAYER):
         jax.export.export(call, platforms=["cpu"])(*arguments(layer))
-    check = jax.export.DisabledSafetyCheck.custom_call(library.CPU_LAYER)
-    exported = jax.export.export(call, platforms=["cpu"], disabled_checks=[check])
+    exported = jax.export.export(call, platforms=["cpu"], disabled_checks=nvm.EXPORT_CHECKS)
     written = exported(*arguments(layer)).serialize()
     got = jax.export.deserialize(written).call(*arguments(layer))
     np.testing.assert_array_equal(np.asarray(got), np.asarray(call(*arguments(layer))))

@@ -20,7 +20,6 @@ from jax.sharding import (
 
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe.bridge import flashinfer
-from jax_nvfp4_moe.bridge.library import TARGET
 from jax_nvfp4_moe.implementations.trtllm.sizes import Sizes, workspace_bytes
 from tests.support.abstract_gpu import (
     B200,
@@ -330,8 +329,7 @@ def test_experts_that_are_split_over_devices(add):
     split = jax.tree.map(lambda leaf: PartitionSpec(*["expert"][: leaf.ndim]), experts)
     whole = PartitionSpec()
     function = jax.shard_map(share, mesh=mesh, in_specs=(whole, whole, split), out_specs=whole)
-    check = export.DisabledSafetyCheck.custom_call(TARGET)
-    made = export.export(jax.jit(function), platforms=("cuda",), disabled_checks=[check])(
+    made = export.export(jax.jit(function), platforms=("cuda",), disabled_checks=nvm.EXPORT_CHECKS)(
         x, logits, experts
     )
     (call,) = calls_of(made)

@@ -116,11 +116,9 @@ def call_of(match):
     return CustomCall(match["module"], match["function"], values, workspace, updated)
 
 
-TRITON = "__gpu$xla.gpu.triton"  # what Pallas's kernels are to XLA
-
-
 def exported_for(kind, function, *arguments):
-    checks = [export.DisabledSafetyCheck.custom_call(target) for target in (TARGET, TRITON)]
     with on(kind):
-        made = export.export(jax.jit(function), platforms=("cuda",), disabled_checks=checks)
+        made = export.export(
+            jax.jit(function), platforms=("cuda",), disabled_checks=nvm.EXPORT_CHECKS
+        )
         return made(*arguments)

@@ -13,7 +13,7 @@ from jax_nvfp4_moe import tuning
 from jax_nvfp4_moe.bridge import cute_dsl
 from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, Tactic
 from jax_nvfp4_moe.cli import main
-from jax_nvfp4_moe.implementations.cute_dsl.tune import tune
+from jax_nvfp4_moe.implementations.cute_dsl.tuner import tune
 from jax_nvfp4_moe.tuning import Measured, TunedLayer, measuring, table
 from tests.support.abstract_gpu import B200, calls_of, exported_for, on
 

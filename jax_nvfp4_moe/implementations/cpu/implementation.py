@@ -24,6 +24,8 @@ from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 from jax_nvfp4_moe.relayout import row_orders
 from jax_nvfp4_moe.rounding import round_to
 
+# The activations that ffi/cpu/handler.cc parses.
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swiglu_oai", "relu2")
 LEVELS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable")
 
 
@@ -54,6 +56,9 @@ class Cpu(Implementation):
     def _plan(self, problem: Problem) -> "CpuPlan":
         if (reason := library.unavailable()) is not None:
             raise NotImplementedError(reason)
+        activation = problem.call.activation.name
+        if activation not in ACTIVATIONS:
+            raise NotImplementedError(f"activation {activation!r}: it has {', '.join(ACTIVATIONS)}")
         levels = library.cpu_levels()
         if self.level is not None and not levels.get(self.level, False):
             state = "this machine lacks it" if self.level in levels else "not compiled in"

@@ -13,7 +13,7 @@ from jax_nvfp4_moe import devices
 from jax_nvfp4_moe._call_checks import check_flag
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.bridge import cute_dsl
-from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, W4A16_EXPERTS, Tactic, Variant
+from jax_nvfp4_moe.bridge.cute_dsl import ACTIVATIONS, TACTICS, W4A16_EXPERTS, Tactic, Variant
 from jax_nvfp4_moe.bridge.manifest import Module
 from jax_nvfp4_moe.experts import ExpertWeights, padded_sizes
 from jax_nvfp4_moe.implementations.base import (
@@ -93,7 +93,7 @@ class CuteDsl(Implementation):
             return (self.tactic,)
         try:
             tuned = look_up(
-                layer_of(problem, version, deterministic=self.deterministic), problem.tokens
+                tuned_layer(problem, version, deterministic=self.deterministic), problem.tokens
             )
         except (OSError, ValueError) as error:
             raise NotImplementedError(str(error)) from error
@@ -135,7 +135,7 @@ class CuteDslPlan(Plan):
         return run_routed(self.functions, self.problem.call, x, *routed, experts)
 
 
-def layer_of(problem: Problem, version: str, *, deterministic: bool) -> TunedLayer:
+def tuned_layer(problem: Problem, version: str, *, deterministic: bool) -> TunedLayer:
     """Returns the key of the problem's tactics in the table of `tuning`.
 
     Args:
@@ -186,7 +186,10 @@ def _check_computed(call: Call, experts: ExpertWeights) -> None:
             f"{W4A16_EXPERTS} at most",
         ),
         (biased, "the experts have biases, and it adds none"),
-        (activation.name == "gelu", "activation 'gelu': it has silu, gelu_tanh, swiglu_oai, relu2"),
+        (
+            activation.name not in ACTIVATIONS,
+            f"activation {activation.name!r}: it has {', '.join(ACTIVATIONS)}",
+        ),
         (
             activation != Activation(activation.name),
             f"{activation}: it is compiled for {Activation(activation.name)}",

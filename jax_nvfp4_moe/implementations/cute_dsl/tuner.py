@@ -6,14 +6,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from tqdm import tqdm
 
 from jax_nvfp4_moe import devices
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, Tactic
 from jax_nvfp4_moe.experts import ActivationScheme, ExpertWeights
 from jax_nvfp4_moe.implementations.base import Call, Problem, Routed, shapes_of
-from jax_nvfp4_moe.implementations.cute_dsl.implementation import CuteDsl, CuteDslPlan, layer_of
+from jax_nvfp4_moe.implementations.cute_dsl.implementation import CuteDsl, CuteDslPlan, tuned_layer
 from jax_nvfp4_moe.tuning import Measured, measuring
 from jax_nvfp4_moe.tuning.table import add
 
@@ -66,6 +65,8 @@ def tune(
             "activation_scheme is 'none', for which cute_dsl has one tactic: there is nothing to "
             "measure"
         )
+    from tqdm import tqdm  # noqa: PLC0415  Of an extra; importing the package does not need it.
+
     kind = Activation(activation)
     experts = measuring.random_experts(
         num_experts,
@@ -78,7 +79,7 @@ def tune(
     call = Call(kind, jnp.dtype(jnp.bfloat16), None, False)
     problem = Problem(call, shapes_of(experts), max(tokens), top_k, devices.current_kind())
     default = _plan(TACTICS["default"][0], deterministic, problem)
-    layer = layer_of(problem, default.module.version, deterministic=deterministic)
+    layer = tuned_layer(problem, default.module.version, deterministic=deterministic)
     candidates = _candidates(problem, deterministic)
     measured = []
     # disable=None: tqdm is silent where stderr is no terminal.
