@@ -62,7 +62,9 @@ int Arena::Allocate(DLTensor* prototype, DLManagedTensorVersioned** out, void* e
     set_error(error_context, kind, message);
     return -1;
   };
-  if (current_arena == nullptr) return fail("RuntimeError", "a tensor was allocated outside of a call");
+  if (current_arena == nullptr) {
+    return fail("RuntimeError", "a tensor was allocated outside of a call");
+  }
   try {
     *out = current_arena->Place(*prototype);
     return 0;

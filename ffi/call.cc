@@ -1,7 +1,7 @@
 // What XLA and Python call: the handlers of the target that calls any function of any module.
 //
-// Attributes: `module` and `function`, names; `program` and `arguments`, see program.h. The last result
-// is the workspace, u8 [bytes]; the others are the program's.
+// Attributes: `module` and `function`, names; `program` and `arguments`, see program.h. The last
+// result is the workspace, u8 [bytes]; the others are the program's.
 
 #include <shared_mutex>
 #include <string>
@@ -88,7 +88,8 @@ EXPORTED XLA_FFI_Error* jax_nvfp4_moe_execute(XLA_FFI_CallFrame* frame) {
   return handler->Call(frame);
 }
 
-// Registers a module. Returns null, or why it cannot; the text is valid until this thread's next call.
+// Registers a module. Returns null, or the reason for a failure, valid until this thread's next
+// call.
 EXPORTED const char* jax_nvfp4_moe_register_module(const char* name, const char* path,
                                                    const char* tvm_ffi, const char* cubins) {
   thread_local std::string message;

@@ -14,8 +14,8 @@ ffi::AnyBuffer OperandAt(const ffi::RemainingArgs& args, const Argument& argumen
   const auto buffer = args.get<ffi::AnyBuffer>(index);
   if (buffer.has_error()) {
     throw Failure(ErrorCode::kInvalidArgument,
-                  argument.name + " is operand " + std::to_string(index) + " of the call, which has " +
-                      std::to_string(args.size()));
+                  argument.name + " is operand " + std::to_string(index) +
+                      " of the call, which has " + std::to_string(args.size()));
   }
   return *buffer;
 }
@@ -24,8 +24,9 @@ ffi::AnyBuffer ResultAt(const ffi::RemainingRets& rets, const Argument& argument
   const size_t written = rets.size() - 1;  // without the workspace
   if (index >= written) {
     throw Failure(ErrorCode::kInvalidArgument,
-                  argument.name + " is result " + std::to_string(index) + " of the call, which has " +
-                      std::to_string(written) + " beside the workspace");
+                  argument.name + " is result " + std::to_string(index) +
+                      " of the call, which has " + std::to_string(written) +
+                      " beside the workspace");
   }
   return **rets.get<ffi::AnyBuffer>(index);
 }

@@ -6,7 +6,7 @@
 namespace jax_nvfp4_moe {
 
 // Functions of the runtime; all null where a module is linked to none. Their types are those of
-// cuda_runtime_api.h with enums and handles as the ABI passes them, so that no CUDA headers are needed.
+// cuda_runtime_api.h, with enums and handles as the ABI passes them: no CUDA headers are needed.
 struct Cuda {
   int (*get_device)(int*);
   int (*set_device)(int);

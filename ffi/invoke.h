@@ -16,7 +16,7 @@ namespace jax_nvfp4_moe {
 void Invoke(CallSite& site, DLDevice device, void* stream, CallArguments& arguments);
 
 // Loads what the call launches, once for each device: calls `invoke` on a stream whose work is
-// recorded and discarded. XLA may record the real call into a graph, and nothing can be loaded then.
+// recorded and discarded. XLA may record the real call into a graph, when nothing can be loaded.
 // Does nothing for a module that is not linked to a CUDA runtime.
 //
 // Throws Failure, and what `invoke` throws; the next call then tries again.

@@ -73,10 +73,10 @@ TVMFFISafeCallType Module::Function(const std::string& function) const {
   return reinterpret_cast<TVMFFISafeCallType>(found);
 }
 
-// FlashInfer's callback. It throws, unlike a callback of a C library may: FlashInfer calls it from C++
-// and turns exceptions into errors of the call, and has no other way to learn of a failure. Without an
-// exception it would load the previous image in place of this one, and it ignores what
-// cuModuleLoadData returns (flashinfer-python@0.6.13:data/include/flashinfer/cubin_loader.h:33-58).
+// FlashInfer's callback. It throws, as a callback of a C library must not: FlashInfer calls it from
+// C++, turns exceptions into errors of the call, and has no other way to learn of a failure.
+// Without an exception it would load the previous image in place of this one
+// (flashinfer-python@0.6.13:data/include/flashinfer/cubin_loader.h:33-58).
 void Module::LoadCubin(const char* path, const char* sha256) {
   Module* module = current_module;
   if (module == nullptr) throw std::runtime_error("an image was requested outside of a call");

@@ -1,7 +1,7 @@
 // Compiled modules, such as FlashInfer's, and the functions in them.
 //
-// Python registers a module by name and path, from a manifest; the first call that needs it opens it.
-// Programs contain the name, not the path, because they may run on another machine.
+// Python registers a module by name and path, from a manifest. The first call that needs it opens
+// it. Programs contain the name, not the path, because they may run on another machine.
 
 #ifndef JAX_NVFP4_MOE_MODULES_H_
 #define JAX_NVFP4_MOE_MODULES_H_
@@ -38,7 +38,7 @@ class Module {
   // map of loaded images has no lock.
   std::shared_mutex& kernels() { return kernels_; }
 
-  // Answers this thread's requests for kernel images with this module's, until the end of the scope.
+  // Serves this thread's requests for kernel images from this module, until the end of the scope.
   class Current {
    public:
     explicit Current(Module& module);
