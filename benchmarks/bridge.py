@@ -32,7 +32,9 @@ CALLS, TURNS = 2000, 25
 
 
 def build(folder):
-    """The bare handler and the module of the bridge's tests."""
+    """The bare handler, and the module and the host's calls of the bridge's tests."""
+    from tests.support import host
+
     tvm_ffi = Path(importlib.util.find_spec("tvm_ffi").origin).parent
     flags = ["g++", "-std=c++17", "-O2", "-fPIC", "-shared", f"-I{folder}"]
     (folder / "gemms.inc").touch()  # names of functions that the fake module has for its tests
@@ -44,7 +46,7 @@ def build(folder):
     ):
         command = [*flags, "-isystem", str(include), "-o", str(output), str(source), "-ldl"]
         subprocess.run(command, check=True)
-    library.register_targets("cpu")
+    host.register()
     library.register_module("fake", fake, tvm_ffi=tvm_ffi / "lib/libtvm_ffi.so")
     handler = jax.ffi.pycapsule(ctypes.CDLL(str(bare)).bare_call)
     jax.ffi.register_ffi_target("bare_call", handler, platform="cpu")

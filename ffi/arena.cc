@@ -1,22 +1,45 @@
 #include "arena.h"
 
+#include <new>
+#include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "sizes.h"
+#include "tensors.h"
 
 namespace jax_nvfp4_moe {
 namespace {
 
-thread_local Arena* current = nullptr;
+thread_local Arena* current_arena = nullptr;
+
+// An allocation that does not fit.
+struct TooLarge : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+std::string ShapeText(const DLTensor& tensor) {
+  std::string text = "[";
+  for (int i = 0; i < tensor.ndim; ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(tensor.shape[i]);
+  }
+  return text + "]";
+}
+
+// The bytes of a contiguous tensor, whole ones.
+int64_t BytesOf(const DLTensor& tensor) {
+  int64_t elements = 1;
+  for (int i = 0; i < tensor.ndim; ++i) {
+    if (tensor.shape[i] < 0) {
+      throw std::invalid_argument("a tensor of shape " + ShapeText(tensor) +
+                                  " was asked for, which has a negative dimension");
+    }
+    elements = Product(elements, tensor.shape[i]);
+  }
+  return RoundUp(Product(elements, tensor.dtype.bits, tensor.dtype.lanes), 8) / 8;
+}
 
 }  // namespace
-
-void WriteStrides(const int64_t* shape, size_t rank, int64_t* strides) {
-  int64_t stride = 1;
-  for (size_t i = rank; i-- > 0;) {
-    strides[i] = stride;
-    stride *= shape[i];
-  }
-}
 
 // A tensor with a shape of its own: the callee may free the prototype's.
 struct Arena::Node {
@@ -27,55 +50,62 @@ struct Arena::Node {
 };
 
 Arena::Arena(void* base, size_t size, DLDevice device)
-    : base_(static_cast<char*>(base)), size_(size), device_(device), outer_(current) {
-  current = this;
+    : base_(static_cast<char*>(base)), size_(size), device_(device), outer_(current_arena) {
+  current_arena = this;
 }
 
-Arena::~Arena() { current = outer_; }
+Arena::~Arena() { current_arena = outer_; }
 
 int Arena::Allocate(DLTensor* prototype, DLManagedTensorVersioned** out, void* error_context,
                     void (*set_error)(void*, const char*, const char*)) {
-  Arena* arena = current;
-  if (arena == nullptr) {
-    set_error(error_context, "RuntimeError", "a tensor was allocated outside of a call");
+  const auto fail = [&](const char* kind, const char* message) {
+    set_error(error_context, kind, message);
     return -1;
+  };
+  if (current_arena == nullptr) {
+    return fail("RuntimeError", "a tensor was allocated outside of a call");
   }
-  uint64_t elements = 1;
-  for (int i = 0; i < prototype->ndim; ++i) elements *= static_cast<uint64_t>(prototype->shape[i]);
-  const uint64_t bits = uint64_t{prototype->dtype.bits} * prototype->dtype.lanes;
-  const size_t bytes = (elements * bits + 7) / 8;
-  const size_t start = (arena->used_ + kAlignment - 1) / kAlignment * kAlignment;
-  if (start + bytes > arena->size_) {
-    const std::string message = "the workspace has " + std::to_string(arena->size_) +
-                                " bytes, and at least " + std::to_string(start + bytes) +
-                                " are needed";
-    set_error(error_context, "MemoryError", message.c_str());
-    return -1;
+  try {
+    *out = current_arena->Place(*prototype);
+    return 0;
+  } catch (const TooLarge& error) {
+    return fail("MemoryError", error.what());
+  } catch (const std::bad_alloc&) {
+    return fail("MemoryError", "the host has no memory for a tensor's shape");
+  } catch (const std::exception& error) {  // of BytesOf
+    return fail("ValueError", error.what());
   }
-  arena->used_ = start + bytes;
+}
 
-  Node* node = new Node{};
-  node->live = arena->live_;
-  ++*node->live;
-  node->shape.assign(prototype->shape, prototype->shape + prototype->ndim);
+DLManagedTensorVersioned* Arena::Place(const DLTensor& prototype) {
+  const int64_t start = RoundUp(used_, kAlignment);
+  const int64_t end = Sum(start, BytesOf(prototype));
+  if (static_cast<uint64_t>(end) > size_) {
+    throw TooLarge("the workspace has " + std::to_string(size_) + " bytes, and at least " +
+                   std::to_string(end) + " are needed");
+  }
+  auto node = std::make_unique<Node>();
+  node->shape.assign(prototype.shape, prototype.shape + prototype.ndim);
   node->strides.resize(node->shape.size());
   WriteStrides(node->shape.data(), node->shape.size(), node->strides.data());
   node->managed.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
-  node->managed.manager_ctx = node;
+  node->managed.manager_ctx = node.get();
   node->managed.deleter = [](DLManagedTensorVersioned* self) {
     Node* owner = static_cast<Node*>(self->manager_ctx);
     --*owner->live;
     delete owner;
   };
-  node->managed.dl_tensor = DLTensor{arena->base_ + start,
-                                     arena->device_,
-                                     prototype->ndim,
-                                     prototype->dtype,
+  node->managed.dl_tensor = DLTensor{base_ + start,
+                                     device_,
+                                     prototype.ndim,
+                                     prototype.dtype,
                                      node->shape.data(),
                                      node->strides.data(),
                                      /*byte_offset=*/0};
-  *out = &node->managed;
-  return 0;
+  node->live = live_;
+  ++*live_;
+  used_ = end;
+  return &node.release()->managed;
 }
 
 }  // namespace jax_nvfp4_moe

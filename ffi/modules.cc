@@ -4,6 +4,7 @@
 
 #include <fstream>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <memory>
 
@@ -15,15 +16,15 @@ namespace {
 std::mutex registry_mutex;
 
 std::map<std::string, std::unique_ptr<Module>>& Registry() {
-  // Never destroyed: calls may be running while the process ends.
+  // Never destroyed: calls may still run while the process ends.
   static auto* registry = new std::map<std::string, std::unique_ptr<Module>>;
   return *registry;
 }
 
-thread_local Module* current = nullptr;
+thread_local Module* current_module = nullptr;
 
 template <typename Function>
-void Find(void* library, const char* name, Function& found) {
+void SymbolOf(void* library, const char* name, Function& found) {
   found = reinterpret_cast<Function>(dlsym(library, name));
 }
 
@@ -39,7 +40,8 @@ Module& Module::Find(const std::string& name) {
   std::lock_guard lock(registry_mutex);
   const auto found = Registry().find(name);
   if (found == Registry().end()) {
-    throw Failure(ErrorCode::kFailedPrecondition, "module " + name + " is not registered here");
+    throw Failure(ErrorCode::kFailedPrecondition,
+                  "module " + name + " is not registered in this process");
   }
   return *found->second;
 }
@@ -52,19 +54,11 @@ void Module::Open() {
     if (library == nullptr) {
       throw Failure(ErrorCode::kFailedPrecondition, "module " + name_ + ": " + dlerror());
     }
-    // A handle's symbols are also those of the libraries that it is linked to.
-    jax_nvfp4_moe::Find(library, "cudaGetDevice", cuda_.get_device);
-    jax_nvfp4_moe::Find(library, "cudaSetDevice", cuda_.set_device);
-    jax_nvfp4_moe::Find(library, "cudaStreamCreateWithFlags", cuda_.stream_create_with_flags);
-    jax_nvfp4_moe::Find(library, "cudaStreamDestroy", cuda_.stream_destroy);
-    jax_nvfp4_moe::Find(library, "cudaStreamBeginCapture", cuda_.stream_begin_capture);
-    jax_nvfp4_moe::Find(library, "cudaStreamEndCapture", cuda_.stream_end_capture);
-    jax_nvfp4_moe::Find(library, "cudaGraphDestroy", cuda_.graph_destroy);
-    jax_nvfp4_moe::Find(library, "cudaGetErrorString", cuda_.get_error_string);
+    cuda_ = Cuda::Of(library);
     // flashinfer-python@0.6.13:data/include/flashinfer/cubin_loader.h
     void (*set_callback)(void (*)(const char*, const char*)) = nullptr;
-    jax_nvfp4_moe::Find(library, "FlashInferSetCubinCallback", set_callback);
-    jax_nvfp4_moe::Find(library, "FlashInferSetCurrentCubin", set_current_cubin_);
+    SymbolOf(library, "FlashInferSetCubinCallback", set_callback);
+    SymbolOf(library, "FlashInferSetCurrentCubin", set_current_cubin_);
     if (set_callback != nullptr) set_callback(&Module::LoadCubin);
     library_ = library;
     tvm_ffi_ = &tvm_ffi;
@@ -79,14 +73,16 @@ TVMFFISafeCallType Module::Function(const std::string& function) const {
   return reinterpret_cast<TVMFFISafeCallType>(found);
 }
 
-// Throws what the module's own code turns into an error of the call. Were the image left unset, the
-// one before it would be taken for it.
+// FlashInfer's callback. It throws, as a callback of a C library must not: FlashInfer calls it from
+// C++, turns exceptions into errors of the call, and has no other way to learn of a failure.
+// Without an exception it would load the previous image in place of this one
+// (flashinfer-python@0.6.13:data/include/flashinfer/cubin_loader.h:33-58).
 void Module::LoadCubin(const char* path, const char* sha256) {
-  Module* module = current;
-  if (module == nullptr) throw std::runtime_error("an image was asked for outside of a call");
+  Module* module = current_module;
+  if (module == nullptr) throw std::runtime_error("an image was requested outside of a call");
   const std::string file = module->cubins_ + "/" + path;
   if (std::string(path).find("..") != std::string::npos) {
-    throw std::runtime_error("an image was asked for outside of its directory: " + file);
+    throw std::runtime_error("an image was requested outside of its directory: " + file);
   }
   std::ifstream stream(file, std::ios::binary);
   if (!stream) throw std::runtime_error("cannot read the image " + file);
@@ -96,12 +92,18 @@ void Module::LoadCubin(const char* path, const char* sha256) {
     throw std::runtime_error("the image " + file + " has the SHA-256 " + digest + ", expected " +
                              sha256);
   }
+  if (image.size() > static_cast<size_t>(std::numeric_limits<int>::max())) {
+    throw std::runtime_error("the image " + file + " has " + std::to_string(image.size()) +
+                             " bytes, more than FlashInfer's loader takes");
+  }
   module->set_current_cubin_(image.data(), static_cast<int>(image.size()));
 }
 
-Module::Current::Current(Module& module) : outer_(current) { current = &module; }
+Module::Current::Current(Module& module) : outer_(current_module) {
+  current_module = &module;
+}
 
-Module::Current::~Current() { current = outer_; }
+Module::Current::~Current() { current_module = outer_; }
 
 void Register(const std::string& name, const std::string& path, const std::string& tvm_ffi,
               const std::string& cubins) {
@@ -111,7 +113,8 @@ void Register(const std::string& name, const std::string& path, const std::strin
   const auto [place, fresh] = known->emplace(name, what);
   if (!fresh && place->second != what) {
     throw Failure(ErrorCode::kAlreadyExists,
-                  "module " + name + " is registered already, with " + place->second);
+                  "module " + name + " is registered already, with " + place->second +
+                      "; the new paths are " + what);
   }
   if (fresh) Registry().emplace(name, std::make_unique<Module>(name, path, tvm_ffi, cubins));
 }

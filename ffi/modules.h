@@ -1,58 +1,44 @@
 // Compiled modules, such as FlashInfer's, and the functions in them.
 //
-// Python registers a module by name and path, from a manifest; it is opened when a call first needs
-// it. Names, not paths, stand in programs, which may run on another machine than they were made on.
+// Python registers a module by name and path, from a manifest. The first call that needs it opens
+// it. Programs contain the name, not the path, because they may run on another machine.
 
 #ifndef JAX_NVFP4_MOE_MODULES_H_
 #define JAX_NVFP4_MOE_MODULES_H_
 
-#include <atomic>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
 #include <vector>
 
+#include "cuda_runtime.h"
 #include "tvm_ffi.h"
 
 namespace jax_nvfp4_moe {
 
-// What the bridge needs of the CUDA runtime, from whichever one a module is linked to; all null where
-// it is linked to none. Types are those of cuda_runtime_api.h, with enums and handles as the ABI has
-// them, so that no CUDA headers are needed.
-struct Cuda {
-  int (*get_device)(int*);
-  int (*set_device)(int);
-  int (*stream_create_with_flags)(void** stream, unsigned flags);
-  int (*stream_destroy)(void* stream);
-  int (*stream_begin_capture)(void* stream, int mode);
-  int (*stream_end_capture)(void* stream, void** graph);
-  int (*graph_destroy)(void* graph);
-  const char* (*get_error_string)(int);
-};
-
 class Module {
  public:
-  // Images that the module asks for by a relative path are read from `cubins`; "" means none are.
+  // The module's kernel images are read from the directory `cubins`; "" if it has none.
   Module(std::string name, std::string path, std::string tvm_ffi, std::string cubins);
 
-  // The module that was registered under a name. Throws Failure if there is none.
+  // The module registered under a name. Throws Failure if there is none.
   static Module& Find(const std::string& name);
 
-  // Opens it, once. Throws Failure if it cannot be opened.
+  // Opens the module, once. Throws Failure if that fails; the next call then tries again.
   void Open();
 
   const std::string& name() const { return name_; }
   const TvmFfi& tvm_ffi() const { return *tvm_ffi_; }
   const Cuda& cuda() const { return cuda_; }
 
-  // A function by the name that it was exported with.
+  // An exported function. Throws Failure if there is none of that name.
   TVMFFISafeCallType Function(const std::string& function) const;
 
-  // Kernels are loaded under the exclusive lock and launched under the shared one: FlashInfer keeps
-  // its images in a map without a lock of its own.
+  // Kernels are loaded under the exclusive lock and launched under the shared one: FlashInfer's own
+  // map of loaded images has no lock.
   std::shared_mutex& kernels() { return kernels_; }
 
-  // Makes this thread's requests for images those of this module, while it lives.
+  // Serves this thread's requests for kernel images from this module, until the end of the scope.
   class Current {
    public:
     explicit Current(Module& module);
@@ -76,7 +62,7 @@ class Module {
   std::shared_mutex kernels_;
 };
 
-// Registers a module; the same name again must come with the same paths. Throws Failure otherwise.
+// Registers a module. Throws Failure if the name is registered already with other paths.
 void Register(const std::string& name, const std::string& path, const std::string& tvm_ffi,
               const std::string& cubins);
 

@@ -1,8 +1,8 @@
-// What a callee is called with: a list that stands in the call's attributes.
+// A function's arguments: a list in the call's attributes.
 //
-// FlashInfer's functions take several dozen positional arguments, many of them None, in an order that
-// its versions change. The list is written in Python (jax_nvfp4_moe/bridge/program.py), so that this
-// library knows no signature.
+// FlashInfer's functions take several dozen positional arguments, many of them None, in an order
+// that its versions change. Python writes the list (jax_nvfp4_moe/bridge/program.py), so that this
+// library need not know any signature.
 
 #ifndef JAX_NVFP4_MOE_PROGRAM_H_
 #define JAX_NVFP4_MOE_PROGRAM_H_
@@ -31,9 +31,9 @@ struct Argument {
   std::variant<std::monostate, Operand, Result, int64_t, double, bool, IntList> value;
 };
 
-// Reads words [opcode, payload...]... and as many names, separated by commas.
+// Reads the arguments from words [opcode, payload...]... and their names, separated by commas.
 //
-// Throws Failure: a word is unknown or missing, or there are not as many names.
+// Throws Failure: an opcode is unknown, words are missing, or the number of names differs.
 std::vector<Argument> ReadProgram(xla::ffi::Span<const int64_t> words, std::string_view names);
 
 }  // namespace jax_nvfp4_moe

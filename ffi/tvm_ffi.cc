@@ -64,7 +64,8 @@ Failure TvmFfi::Raised() const {
   error_move_from_raised(&error);
   if (error == nullptr) return Failure(ErrorCode::kInternal, "failed and did not say why");
   // The cell follows the object's header (tvm/ffi/c_api.h, TVMFFIErrorCell).
-  const auto* cell = reinterpret_cast<const TVMFFIErrorCell*>(static_cast<TVMFFIObject*>(error) + 1);
+  const auto* object = static_cast<const TVMFFIObject*>(error);
+  const auto* cell = reinterpret_cast<const TVMFFIErrorCell*>(object + 1);
   const std::string kind = Text(cell->kind);
   Failure failure(CodeOf(kind), kind + ": " + Text(cell->message));
   object_dec_ref(error);

@@ -6,8 +6,9 @@
 // the fastest cache. As few tiles as can be are in use: where the core is shared with another
 // thread, each one more was measured to slow all products down (docs/cpu.md).
 
-#include "engine_avx512.h"
+#include "engine_x86.h"
 #include "level.h"
+#include "prefetch.h"
 #include "stages.h"
 
 namespace jax_nvfp4_moe::cpu {
@@ -27,7 +28,7 @@ struct Tiles {
   alignas(64) Tile tokens[kTokenTiles][kSteps];
   alignas(64) Tile weights[kRecent];
   alignas(64) float sums[kTokenTiles][kTile][kTile];  // [][row][token]
-  alignas(64) uint16_t meanings[kTile][kDepth];       // of 16 rows' blocks: where in kMeanings
+  alignas(64) uint16_t offsets[kTile][kDepth];        // of 16 rows' blocks: bytes into kDecodeTable
   alignas(64) uint8_t codes[kTile][kCodeBytes];       // of 16 rows, if they are not neighbours
 };
 static_assert(sizeof(Tiles) <= sizeof(Scratch::panel));
@@ -52,12 +53,13 @@ class TileConfiguration {
 
 // ------------------------------------------------------------------------------------- weights
 
-// In bfloat16, what each code stands for at each scale: exact, with six significant bits at most.
-// Twice, as vpermw looks at five bits of an index, and the fifth belongs to another code.
-struct Meanings {
+// The value of each code at each scale, in bfloat16: exact, with at most six significant bits. The
+// 16 values are there twice, because vpermw reads five bits of an index, and the fifth is of
+// another code.
+struct DecodeTable {
   uint16_t of[256][2][16];
 
-  constexpr Meanings() : of() {
+  constexpr DecodeTable() : of() {
     constexpr float kMagnitudes[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
     for (int scale = 0; scale < 256; ++scale) {
       const int exponent = scale >> 3 & 15, mantissa = scale & 7;
@@ -72,20 +74,20 @@ struct Meanings {
     }
   }
 };
-alignas(64) constexpr Meanings kMeanings;
+alignas(64) constexpr DecodeTable kDecodeTable;
 
 // 16 rows of weights, from block `from` on.
 struct Source {
   const uint8_t* codes;
   int64_t stride;
-  const uint16_t (*meanings)[kDepth];
+  const uint16_t (*offsets)[kDepth];
 
   INLINE Source(const Rows& rows, int64_t row, int64_t from, int64_t count, Scratch* scratch) {
     auto* const tiles = reinterpret_cast<Tiles*>(scratch->panel);
     const bool neighbours = rows.matrix->order == nullptr;
     codes = neighbours ? rows.Codes(rows.Stored(row), from) : tiles->codes[0];
     stride = neighbours ? rows.matrix->code_stride : kCodeBytes;
-    meanings = tiles->meanings;
+    offsets = tiles->offsets;
     for (int64_t i = 0; i < kTile; ++i) {
       const int64_t stored = rows.Stored(row + i);
       if (!neighbours) memcpy(tiles->codes[i], rows.Codes(stored, from), count * (kBlock / 2));
@@ -93,7 +95,7 @@ struct Source {
       for (int64_t b = 0; b < count; b += 32) {
         const __mmask32 present = count - b < 32 ? (1u << (count - b)) - 1 : ~0u;
         const __m256i bytes = _mm256_maskz_loadu_epi8(present, scales + b);
-        _mm512_store_si512(tiles->meanings[i] + b,
+        _mm512_store_si512(tiles->offsets[i] + b,
                            _mm512_slli_epi16(_mm512_cvtepu8_epi16(bytes), 6));
       }
     }
@@ -106,7 +108,7 @@ struct Source {
     const __m512i shifts =
         _mm512_set_epi64(0x000C000C000C000C, 0x000C000C000C000C, 0x0008000800080008,
                          0x0008000800080008, 0x0004000400040004, 0x0004000400040004, 0, 0);
-    const auto* const all = reinterpret_cast<const uint8_t*>(kMeanings.of);
+    const auto* const all = reinterpret_cast<const uint8_t*>(kDecodeTable.of);
     const uint8_t* four = codes + step * kBlock;
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kTile; ++i) {
@@ -115,7 +117,7 @@ struct Source {
       const auto* const bytes = reinterpret_cast<const __m128i*>(four + i % 4 * stride);
       const __m128i packed = kHalf ? _mm_loadl_epi64(bytes) : _mm_loadu_si128(bytes);
       const __m512i index = _mm512_srlv_epi16(_mm512_broadcast_i32x4(packed), shifts);
-      const uint16_t* const at = meanings[i] + step * kTileBlocks;
+      const uint16_t* const at = offsets[i] + step * kTileBlocks;
       const __m512i first = _mm512_permutexvar_epi16(index, _mm512_load_si512(all + at[0]));
       _mm512_store_si512(to[i], _mm512_mask_permutexvar_epi16(first, 0xF0F0F0F0, index,
                                                               _mm512_load_si512(all + at[1])));
@@ -123,32 +125,11 @@ struct Source {
   }
 };
 
-// The 16 rows that come next, which are fetched while those before are multiplied. Where rows are
-// stored out of order it is others that are fetched.
-class Next {
- public:
-  INLINE Next(const Rows& rows, int64_t row, int64_t from)
-      : codes_(rows.Codes(rows.Stored(row), from)),
-        scales_(rows.Scales(rows.Stored(row), from)),
-        code_stride_(rows.matrix->code_stride),
-        scale_stride_(rows.matrix->scale_stride) {}
-
-  // A line has the codes of four steps: in each a quarter of the rows.
-  INLINE void Fetch(int64_t step) const {
-    const uint8_t* const line = codes_ + step % 4 * code_stride_ + step / 4 * 64;
-    for (int64_t i = 0; i < kTile; i += 4) __builtin_prefetch(line + i * code_stride_, 0, 2);
-    __builtin_prefetch(scales_ + step % kTile * scale_stride_ + step / kTile * 64, 0, 2);
-  }
-
- private:
-  const uint8_t* codes_;
-  const uint8_t* scales_;
-  int64_t code_stride_, scale_stride_;
-};
+using NextTile = RowPrefetcher<kTile, kTileBlocks, kSecondCache>;
 
 // ------------------------------------------------------------------------------------- tokens
 
-INLINE __m256i InBfloat16(const Codes& x) {
+INLINE __m256i InBfloat16(const E2m1Block& x) {
   const __m512i doubled =
       _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x.doubled)));
   const __m512 value =
@@ -156,7 +137,7 @@ INLINE __m256i InBfloat16(const Codes& x) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(value), 16));
 }
 
-INLINE __m256i InBfloat16(const Narrow& x) {
+INLINE __m256i InBfloat16(const Bf16Block& x) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.value));
 }
 
@@ -198,14 +179,14 @@ struct Order {
     }
   }
 };
-alignas(64) constexpr Order kCodesOrder{true}, kNarrowOrder{false};
+alignas(64) constexpr Order kE2m1Order{true}, kBf16Order{false};
 
 // Two blocks of up to 16 tokens, in the weights' order; zeros where there are none.
 template <class Block>
 INLINE void LoadTokens(const Block* const* tokens, int64_t num_tokens, int64_t block, bool half,
                        Tile to) {
   const __m512i order =
-      _mm512_load_si512(__is_same(Block, Codes) ? kCodesOrder.of : kNarrowOrder.of);
+      _mm512_load_si512(__is_same(Block, E2m1Block) ? kE2m1Order.of : kBf16Order.of);
   __m512i v[kTile];
   for (int64_t t = 0; t < kTile; ++t) {
     const __m256i zero = _mm256_setzero_si256();
@@ -270,7 +251,7 @@ void MultiplyTokenTiles(const Rows& rows, const Block* const* tokens, int64_t nu
   for (int64_t from = 0; from < all; from += kDepth) {
     const int64_t count = all - from < kDepth ? all - from : kDepth;
     const int64_t steps = (count + 1) / 2;
-    const Next first(rows, 0, from);
+    const NextTile first(rows, 0, from);
     for (int64_t step = 0; step < steps; ++step) {
       first.Fetch(step);
       for (int64_t t = 0; t < kCount; ++t) {
@@ -280,7 +261,7 @@ void MultiplyTokenTiles(const Rows& rows, const Block* const* tokens, int64_t nu
     }
     for (int64_t row = 0; row < rows.count(); row += kTile) {
       const Source source(rows, row, from, count, scratch);
-      const Next below(rows, row + kTile < rows.count() ? row + kTile : row, from);
+      const NextTile below(rows, row + kTile < rows.count() ? row + kTile : row, from);
       const auto decode = [&](int64_t step) INLINE_LAMBDA {
         if (step >= steps) return;
         Tile* const to = &tiles->weights[step % kRecent];
@@ -315,7 +296,8 @@ struct Amx : ForFew {
 
 }  // namespace
 
-// Up to so many tokens, as measured, their sums in registers are faster than tiles.
-const Stages kAmx = StagesOf<Amx<Avx512Codes, 5>, Avx512Values, Amx<Avx512Narrow, 1>>();
+// Up to so many tokens AVX-512 was measured to be faster than tiles.
+const Stages kAmx =
+    StagesOf<Amx<E2m1Engine<Vector512>, 5>, Fp32Engine<Vector512>, Amx<Bf16Engine, 1>>();
 
 }  // namespace jax_nvfp4_moe::cpu

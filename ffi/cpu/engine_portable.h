@@ -1,4 +1,4 @@
-// Products in plain C++: what the other engines compute, as it reads without their instructions.
+// The engines in plain C++, for any machine.
 
 #ifndef JAX_NVFP4_MOE_CPU_ENGINE_PORTABLE_H_
 #define JAX_NVFP4_MOE_CPU_ENGINE_PORTABLE_H_
@@ -14,7 +14,7 @@ constexpr int8_t kDoubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6,
 
 struct Portable {
   static constexpr int64_t kLanes = 8, kVectors = 1;
-  static constexpr bool kAlong = false, kTiles = false;
+  static constexpr bool kGemv = false, kTiles = false;
   struct Sums {
     float lane[kLanes];
   };
@@ -47,11 +47,11 @@ struct Portable {
   }
 };
 
-struct PortableCodes : Portable {
-  using Block = Codes;
-  using Operand = const Codes&;
+struct PortableE2m1 : Portable {
+  using Block = E2m1Block;
+  using Operand = const E2m1Block&;
   struct Weights {
-    int8_t code[kBlock][kLanes];  // in the order of Codes::doubled, not shifted
+    int8_t code[kBlock][kLanes];  // in the order of E2m1Block::doubled, not shifted
     float scale[kLanes];
   };
 
@@ -67,9 +67,9 @@ struct PortableCodes : Portable {
     return w;
   }
 
-  static INLINE const Codes& Broadcast(const Codes& x) { return x; }
+  static INLINE const E2m1Block& Broadcast(const E2m1Block& x) { return x; }
 
-  static INLINE Sums Add(Sums sums, const Weights& w, const Codes& x) {
+  static INLINE Sums Add(Sums sums, const Weights& w, const E2m1Block& x) {
     int32_t product[kLanes] = {};
     for (int64_t i = 0; i < kBlock; ++i) {
       for (int64_t lane = 0; lane < kLanes; ++lane)
@@ -82,9 +82,9 @@ struct PortableCodes : Portable {
   }
 };
 
-struct PortableValues : Portable {
-  using Block = Values;
-  using Operand = const Values&;
+struct PortableFp32 : Portable {
+  using Block = Fp32Block;
+  using Operand = const Fp32Block&;
   struct Weights {
     float value[kBlock][kLanes];
   };
@@ -100,9 +100,9 @@ struct PortableValues : Portable {
     return w;
   }
 
-  static INLINE const Values& Broadcast(const Values& x) { return x; }
+  static INLINE const Fp32Block& Broadcast(const Fp32Block& x) { return x; }
 
-  static INLINE Sums Add(Sums sums, const Weights& w, const Values& x) {
+  static INLINE Sums Add(Sums sums, const Weights& w, const Fp32Block& x) {
     for (int64_t i = 0; i < kBlock; ++i) {
       for (int64_t lane = 0; lane < kLanes; ++lane)
         sums.lane[lane] += w.value[i][lane] * x.value[i];

@@ -137,7 +137,7 @@ INLINE float ScaleFor(float amax) {
 
 typedef int8_t Bytes __attribute__((vector_size(kBlock)));
 
-// In the order of Codes::doubled.
+// In the order of E2m1Block::doubled.
 INLINE Bytes Ordered(const Bytes& x) {
 #if defined(__clang__)
   return __builtin_shufflevector(x, x, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
@@ -147,7 +147,7 @@ INLINE Bytes Ordered(const Bytes& x) {
 }
 
 // A block at an encode scale: jax_nvfp4_moe.format.quantize_blocks.
-INLINE void Quantize(const Floats* x, float encode, Codes* to) {
+INLINE void Quantize(const Floats* x, float encode, E2m1Block* to) {
   Ints most = {};
   for (int64_t i = 0; i < kParts; ++i) most = MaxBits(most, x[i]);
   const float largest = Largest(most);
@@ -178,7 +178,7 @@ INLINE void Quantize(const Floats* x, float encode, Codes* to) {
   to->scale = 64 * scale;
 }
 
-// ------------------------------------------------------------------------------------- curves
+// ------------------------------------------------------------------------------------- activations
 
 // Within 2 ulp; what is below float's normal range may be zero.
 INLINE Floats Exp(Floats x) {
@@ -221,21 +221,21 @@ INLINE Floats Erf(Floats x) {
 
 // jax_nvfp4_moe.activations.activate.
 INLINE Floats Activate(Floats gate, Floats up, const Layer& layer) {
-  if (layer.curve == Curve::kRelu2) {
+  if (layer.activation == Activation::kRelu2) {
     const Floats positive = AtLeast(up, 0.0f);
     return positive * positive;
   }
   gate = AtMost(gate, layer.limit);
   up = AtMost(AtLeast(up, -layer.limit), layer.limit);
-  switch (layer.curve) {
-    case Curve::kGelu:
+  switch (layer.activation) {
+    case Activation::kGelu:
       return gate * 0.5f * (1.0f + Erf(gate * 0x1.6a09e6p-1f)) * up;
-    case Curve::kGeluTanh: {
+    case Activation::kGeluTanh: {
       const Floats near = AtMost(AtLeast(gate, -10.0f), 10.0f);
       const Floats inner = 0x1.988454p-1f * (near + 0.044715f * near * near * near);
       return gate * Sigmoid(2.0f * inner) * up;  // 1 + tanh(z) is twice the sigmoid of 2z
     }
-    case Curve::kSwigluOai:
+    case Activation::kSwigluOai:
       return gate * Sigmoid(layer.alpha * gate) * (up + layer.beta);
     default:
       return gate * Sigmoid(gate) * up;

@@ -1,7 +1,7 @@
-// One call of the layer on the CPU: what it is given, and what its stages hand to each other.
+// One call of the layer on the CPU: its arguments, and what its stages pass to each other.
 //
-// Plain data only: files that are compiled for other instruction sets include this, and must not
-// leave inline functions of theirs for the rest of the library to be linked with.
+// Plain data only. Files compiled for other instruction sets include this; an inline function here
+// could be linked into the rest of the library with their instructions.
 
 #ifndef JAX_NVFP4_MOE_CPU_LAYER_H_
 #define JAX_NVFP4_MOE_CPU_LAYER_H_
@@ -14,13 +14,13 @@ namespace jax_nvfp4_moe::cpu {
 constexpr int64_t kBlock = 16;  // elements that share a scale
 
 enum class Scheme : int64_t { kStatic, kPerToken, kNone };
-enum class Curve : int64_t { kSilu, kGelu, kGeluTanh, kSwigluOai, kRelu2 };
+enum class Activation : int64_t { kSilu, kGelu, kGeluTanh, kSwigluOai, kRelu2 };
 enum class Rounding : int64_t { kFloat32, kBfloat16, kFloat16 };
 
-// Floats of an array in memory: float, or, if `narrow`, the upper half of each, a bfloat16.
+// An array of float32, or of bfloat16.
 struct Elements {
   void* data;
-  bool narrow;
+  bool bf16;
 };
 
 // Weights of all experts, [E, rows, columns], rows in any order.
@@ -36,33 +36,33 @@ struct Matrix {
   bool swizzled;         // scales lie in tiles of 128 x 4 (jax_nvfp4_moe/layouts.py)
 };
 
-// Added to twice the values of weights, as instructions multiply unsigned bytes by signed ones.
+// Added to twice the values of weights: instructions multiply unsigned bytes by signed ones.
 constexpr int kShift = 12;
 
-// One block of a quantised activation, as the products read it.
-struct Codes {
+// A block of a quantised activation, as the products read it.
+struct E2m1Block {
   // Twice the E2M1 values, of elements 0 2 4 6, 1 3 5 7, 8 10 12 14 and 9 11 13 15.
   int8_t doubled[kBlock];
-  // -kShift times their sum: what is to be added as the weights that they meet are shifted.
+  // -kShift times their sum, which undoes the shift of the weights in a product.
   int32_t correction;
-  // The block's, times 64: a quarter, as both factors are doubled, and 2**8, which decoded weight
-  // scales lack.
+  // The block's scale times 64: a quarter, because both factors are doubled, times 2**8, which
+  // decoded weight scales lack.
   float scale;
 };
 
-// One block of an activation that is not quantised.
-struct Values {
+// A block of an activation that is not quantised, in float32.
+struct Fp32Block {
   float value[kBlock];
 };
 
-// One block of either, where bfloat16 holds it exactly.
-struct Narrow {
+// A block of an activation that is not quantised, in bfloat16.
+struct Bf16Block {
   uint16_t value[kBlock];
 };
 
-enum class Form { kCodes, kValues, kNarrow };
+enum class Form { kE2m1, kFp32, kBf16 };
 
-// Some of one expert's pairs, in the order of `Layer::pairs`.
+// Pairs of one expert that a task takes together: `tokens` of them from `Layer::pairs[first]` on.
 struct Unit {
   int32_t expert;
   int32_t tokens;
@@ -73,14 +73,14 @@ struct Layer {
   int64_t tokens, top_k, num_experts, hidden_size, intermediate_size;
   bool gated;
   Scheme scheme;
-  Curve curve;
+  Activation activation;
   float alpha, beta, limit;
-  Rounding rounding;  // of what lies between the stages in W4A16, and of an expert's output
-  bool weighted;      // whether the sum over slots applies the routing weights
-  bool summed;        // whether `result` is that sum, or every expert's output
+  Rounding rounding;  // of an expert's output, and in W4A16 of its hidden activations
+  bool weighted;      // the sum over slots applies the routing weights
+  bool summed;        // `result` is the sum over slots; else every expert's output
 
   Elements x;                 // [T, H]
-  const int32_t* topk_ids;    // [T, K]; null for `combine`: all are valid
+  const int32_t* topk_ids;    // [T, K]; null for `RunCombine`: all are valid
   const float* topk_weights;  // [T, K]
   Matrix w13, w2;
   const float* global_scale13;      // [E, G]
@@ -90,25 +90,25 @@ struct Layer {
   float input_scale, hidden_scale;  // decode scales, where static
   Elements result;                  // [T, H], or [T, K, H]
 
-  // Made by the stages. A pair is a token's slot, number t * K + k.
-  const int32_t* pairs;  // [P]: grouped by expert; those without one are not there
+  // Filled in by `Run` and the stages. A pair is a token and one of its slots, number t * K + k.
+  const int32_t* pairs;  // [P]: grouped by expert, without the pairs whose expert is not here
   const Unit* units;
   int64_t num_pairs, num_units;
   int64_t hidden_chunk, output_chunk;  // columns of I and of H that one task computes
-  Form form;                           // of what the products take
-  void* input;                         // [T, H / 16] of that form
+  Form form;                           // the type of activation blocks that the products take
+  void* input;                         // [T, H / 16] blocks
   float* input_global;                 // [T]: decode scales
-  void* hidden;                        // [P, I / 16]
-  float* hidden_values;                // [P, I]: before they are quantised, for kPerToken
+  void* hidden;                        // [P, I / 16] blocks
+  float* hidden_values;                // [P, I]: not quantised yet, for kPerToken
   float* hidden_global;                // [P]
   Elements outputs;                    // [T, K, H]
 };
 
-// The stages of a call, compiled for one instruction set. Each does one task, numbered from 0, and
-// needs all tasks of the stage before.
+// The stages of a call, compiled for one instruction set. Each function does one task, numbered
+// from 0. A task needs all tasks of the stage before.
 struct Stages {
-  bool narrow;   // takes kNarrow where activations are bfloat16, not kValues
-  int64_t rows;  // of weights that a task multiplies, at most
+  bool bf16;     // multiplies bfloat16 activations as Form::kBf16, not as kFp32
+  int64_t rows;  // the most rows of weights that a task multiplies
   void (*input)(const Layer&, int64_t token, void* scratch);
   void (*hidden)(const Layer&, int64_t task, void* scratch);
   void (*requantize)(const Layer&, int64_t pair, void* scratch);  // for kPerToken alone
@@ -116,11 +116,11 @@ struct Stages {
   void (*combine)(const Layer&, int64_t task, void* scratch);
 };
 
-constexpr int64_t kFew = 8;             // tokens whose sums are in registers at once
-constexpr int64_t kTaskTokens = 64;     // at most, of a Unit
+constexpr int64_t kFew = 8;             // the most tokens whose sums are in registers at once
+constexpr int64_t kTaskTokens = 64;     // the most tokens of a Unit
 constexpr int64_t kCombineChunk = 512;  // columns of H that a task of `combine` adds
-constexpr int64_t kFewRows = 128;       // Stages::rows, where sums should stay in the first cache
-constexpr int64_t kMostRows = 1024;     // and where preparing tokens takes long
+constexpr int64_t kFewRows = 128;       // Stages::rows: sums stay in the first cache
+constexpr int64_t kMostRows = 1024;     // Stages::rows: where preparing tokens takes long
 constexpr int64_t kScratchBytes = 2 << 20;  // of each thread
 
 }  // namespace jax_nvfp4_moe::cpu

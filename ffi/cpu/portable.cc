@@ -6,6 +6,6 @@
 
 namespace jax_nvfp4_moe::cpu {
 
-const Stages kPortable = StagesOf<PortableCodes, PortableValues>();
+const Stages kPortable = StagesOf<PortableE2m1, PortableFp32>();
 
 }  // namespace jax_nvfp4_moe::cpu

@@ -1,9 +1,9 @@
-// Products of packed weights with blocks of activations: a few rows of weights side by side in the
-// lanes of a vector, so that their sums never have to be added across it.
+// Products of packed weights with blocks of activations. Rows of weights lie side by side in the
+// lanes of a vector, so that no sum is taken across it.
 //
 // An `Engine` is one instruction set and one kind of activation:
 //   kLanes, kVectors  rows in a vector; vectors of rows that Multiply keeps sums of at once
-//   Block             Codes, Values or Narrow
+//   Block             E2m1Block, Fp32Block or Bf16Block
 //   Packed            vector of kLanes dwords: 8 codes of each row
 //   Sums              float vector of kLanes
 //   Weights           a block of kLanes rows, decoded; what a panel is made of
@@ -11,12 +11,12 @@
 //   Transpose(rows, offset, packed)   4 blocks of each row, from byte `offset` on
 //   DecodeScales(rows, count, to)     [count, kLanes] floats, times 2**-8
 //   Unpack(packed, scales), Broadcast(block), Add(sums, weights, operand), Zero, Load, Store
-//   kAlong            has what along.h takes, which is better for few tokens
-//   kTiles            has MultiplyByTiles, which is better beyond kTilesBeyond tokens
+//   kGemv            has what gemv.h takes, which is faster for few tokens
+//   kTiles            has MultiplyByTiles, which is faster beyond kTilesBeyond tokens
 //
-// Few tokens: weights are decoded in registers, for up to kFew tokens, and the memory's speed is
-// the limit. Many: a panel of decoded weights, small enough for the fastest cache, meets one token
-// after another.
+// Few tokens (up to kFew): weights are decoded in registers, and memory bandwidth is the limit.
+// Many tokens: a panel of decoded weights, small enough for the fastest cache, is multiplied with
+// one token after another.
 
 #ifndef JAX_NVFP4_MOE_CPU_PRODUCTS_H_
 #define JAX_NVFP4_MOE_CPU_PRODUCTS_H_
@@ -24,7 +24,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "along.h"
+#include "gemv.h"
+#include "prefetch.h"
 #include "rows.h"
 
 namespace jax_nvfp4_moe::cpu {
@@ -69,50 +70,20 @@ struct Lanes {
 
 // ------------------------------------------------------------------------------------- few tokens
 
-// The codes and scales of the next rows, which are fetched while these are multiplied: as many
-// bytes for each block as these have. Where rows are stored out of order it is others that are
-// fetched.
-class Ahead {
- public:
-  INLINE Ahead(const Rows& rows, int64_t row, int64_t from, int64_t count) {
-    line_ = rows.Codes(rows.Stored(row), from);
-    scales_ = rows.Scales(rows.Stored(row), from);
-    stride_ = rows.matrix->code_stride;
-    bytes_ = count * (kBlock / 2);
-  }
-
-  template <int64_t kLanes>
-  INLINE void Fetch(int64_t block) {
-    for (int64_t i = 0; i < kLanes / 8; ++i) {
-      __builtin_prefetch(line_ + done_);
-      done_ += 64;
-      if (done_ >= bytes_) done_ = 0, line_ += stride_;
-    }
-    if (block % 8 == 0) __builtin_prefetch(scales_ + block * kLanes);
-  }
-
-  INLINE void FetchAll(int64_t lanes) const {
-    Prefetch(line_, lanes, stride_, bytes_);
-    Prefetch(scales_, 1, 0, lanes * bytes_ / (kBlock / 2));
-  }
-
- private:
-  const uint8_t* line_;
-  const uint8_t* scales_;
-  int64_t stride_, bytes_, done_ = 0;
-};
+template <class Engine>
+using NextLanes = RowPrefetcher<Engine::kLanes, 1, kFirstCache>;
 
 // Adds the products of some rows with `kCount` tokens, whose blocks alternate, to their sums.
 template <class Engine, int kCount>
 INLINE void MultiplyLanes(const Lanes<Engine>& lanes, const float* scales,
                           const typename Engine::Block* blocks, int64_t count, bool first,
-                          float* sums, int64_t stride, Ahead ahead) {
+                          float* sums, int64_t stride, const NextLanes<Engine>& next) {
   typename Engine::Sums total[kCount];
   for (int t = 0; t < kCount; ++t) {
     total[t] = first ? Engine::Zero() : Engine::Load(sums + t * stride);
   }
   lanes.ForEachBlock(count, [&](int64_t b, const typename Engine::Packed* packed) INLINE_LAMBDA {
-    ahead.template Fetch<Engine::kLanes>(b);
+    next.Fetch(b);
     const typename Engine::Weights w = Engine::Unpack(packed, scales + b * Engine::kLanes);
     for (int t = 0; t < kCount; ++t) {
       total[t] = Engine::Add(total[t], w, Engine::Broadcast(blocks[b * kCount + t]));
@@ -128,7 +99,7 @@ void MultiplyFew(const Rows& rows, const typename Engine::Block* const* tokens, 
   const int64_t all = rows.matrix->columns / kBlock;
   for (int64_t from = 0; from < all; from += kDepth) {
     const int64_t count = all - from < kDepth ? all - from : kDepth;
-    Ahead(rows, 0, from, count).FetchAll(Engine::kLanes);
+    NextLanes<Engine>(rows, 0, from).FetchAll(count);
     const Block* blocks = tokens[0] + from;
     if (kCount > 1) {
       Block* const copies = reinterpret_cast<Block*>(scratch->blocks);
@@ -142,7 +113,7 @@ void MultiplyFew(const Rows& rows, const typename Engine::Block* const* tokens, 
       Engine::DecodeScales(lanes.scales, count, scratch->scales);
       const int64_t below = row + Engine::kLanes < rows.count() ? row + Engine::kLanes : row;
       MultiplyLanes<Engine, kCount>(lanes, scratch->scales, blocks, count, from == 0, sums + row,
-                                    stride, Ahead(rows, below, from, count));
+                                    stride, NextLanes<Engine>(rows, below, from));
     }
   }
 }
@@ -167,13 +138,13 @@ INLINE void MultiplyPanel(const typename Engine::Weights* panel,
   for (int v = 0; v < kVectors; ++v) Engine::Store(sums + v * Engine::kLanes, total[v]);
 }
 
-// Some blocks of many tokens, beside each other.
+// A chunk of blocks of many tokens.
 template <class Engine>
 struct Chunk {
   const typename Engine::Block* const* tokens;
   int64_t num_tokens;
   int64_t from, count;
-  bool last;  // of its tokens
+  bool last;  // the tokens end with this chunk
 
   INLINE void Gather(typename Engine::Block* to) const {
     for (int64_t t = 0; t < num_tokens; ++t) {
@@ -182,8 +153,8 @@ struct Chunk {
   }
 };
 
-// One chunk with the rows from `row` on; meanwhile what comes next is fetched into the cache: the
-// codes of `next_row`, and with the first rows the next chunk of the tokens.
+// Multiplies a chunk with the rows from `row` on, and prefetches what comes next: the codes of the
+// rows from `next_row` on, and during the first rows the tokens' next chunk.
 template <class Engine, int kVectors>
 void MultiplyChunk(const Rows& rows, int64_t row, int64_t next_row, int64_t next_from,
                    const Chunk<Engine>& chunk, float* sums, int64_t stride, Scratch* scratch) {
@@ -204,10 +175,11 @@ void MultiplyChunk(const Rows& rows, int64_t row, int64_t next_row, int64_t next
   const Block* const blocks = reinterpret_cast<const Block*>(scratch->blocks);
   for (int64_t t = 0; t < chunk.num_tokens; ++t) {
     const int64_t begin = kRows * t / chunk.num_tokens, end = kRows * (t + 1) / chunk.num_tokens;
-    Prefetch(next + begin * stride_of_codes, end - begin, stride_of_codes,
-             kPanelBlocks * kBlock / 2);
+    PrefetchBytes(next + begin * stride_of_codes, end - begin, stride_of_codes,
+                  kPanelBlocks * kBlock / 2);
     if (row == 0 && !chunk.last) {
-      Prefetch(chunk.tokens[t] + chunk.from + chunk.count, 1, 0, kPanelBlocks * sizeof(Block));
+      PrefetchBytes(chunk.tokens[t] + chunk.from + chunk.count, 1, 0,
+                    kPanelBlocks * sizeof(Block));
     }
     MultiplyPanel<Engine, kVectors>(panel, blocks + t * chunk.count, chunk.count, chunk.from == 0,
                                     sums + t * stride + row);
@@ -243,9 +215,9 @@ template <class Engine>
 void Multiply(const Rows& rows, const typename Engine::Block* const* tokens, int64_t num_tokens,
               float* sums, int64_t stride, Scratch* scratch) {
   const auto few = [&](auto count) INLINE_LAMBDA {
-    if constexpr (Engine::kAlong) {
+    if constexpr (Engine::kGemv) {
       if (rows.matrix->columns >= Engine::kLanes * kBlock) {  // else no row fills a vector
-        return MultiplyAlong<Engine, count>(rows, tokens, sums, stride, scratch);
+        return MultiplyGemv<Engine, count>(rows, tokens, sums, stride, scratch);
       }
     }
     MultiplyFew<Engine, count>(rows, tokens, sums, stride, scratch);

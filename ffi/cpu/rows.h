@@ -1,4 +1,4 @@
-// Rows of packed weights, as tasks multiply them, and the memory that a thread has for that.
+// Rows of packed weights, as tasks multiply them, and the scratch memory of a thread.
 
 #ifndef JAX_NVFP4_MOE_CPU_ROWS_H_
 #define JAX_NVFP4_MOE_CPU_ROWS_H_
@@ -12,11 +12,11 @@
 namespace jax_nvfp4_moe::cpu {
 namespace {
 
-constexpr int64_t kDepth = 128;       // blocks of a row that are multiplied at once, at most
+constexpr int64_t kDepth = 128;       // the most blocks of a row that are multiplied at once
 constexpr int64_t kPanelBlocks = 16;  // of a panel (products.h)
 constexpr int64_t kMaxLanes = 16;
 
-// What a task multiplies: rows of one expert's matrix, in up to two runs (gate and up).
+// The rows that a task multiplies: of one expert's matrix, in one run or two (gate and up).
 struct Rows {
   const Matrix* matrix;
   int64_t expert;
@@ -26,12 +26,12 @@ struct Rows {
 
   int64_t count() const { return runs * length; }
 
-  // Where the codes and the scales of the row stored at `stored` are, from block `from` on.
+  // The codes and the scales of the row stored at `stored`, from block `from` on.
   INLINE const uint8_t* Codes(int64_t stored, int64_t from) const {
     const int64_t place = expert * matrix->stored_rows + stored;
     return matrix->codes + place * matrix->code_stride + from * (kBlock / 2);
   }
-  INLINE const uint8_t* Scales(int64_t stored, int64_t from) const {  // if they are not swizzled
+  INLINE const uint8_t* Scales(int64_t stored, int64_t from) const {  // not for swizzled ones
     const int64_t place = expert * matrix->stored_rows + stored;
     return matrix->scales + place * matrix->scale_stride + from;
   }
@@ -47,7 +47,7 @@ struct Scratch {
   float sums[kTaskTokens * kMostRows];
   float scales[kMaxLanes * kDepth];
   uint8_t row_scales[kMaxLanes][kDepth];
-  alignas(64) uint8_t blocks[kTaskTokens * kPanelBlocks * sizeof(Values)];
+  alignas(64) uint8_t blocks[kTaskTokens * kPanelBlocks * sizeof(Fp32Block)];
   alignas(64) uint8_t panel[512 << 10];
 };
 static_assert(kFew * kDepth <= kTaskTokens * kPanelBlocks);
@@ -58,7 +58,7 @@ struct Constant {
   constexpr operator int() const { return kValue; }
 };
 
-// Calls `use` with the number as a Constant, if it is from 1 to kMost; says whether it was.
+// Calls `use` with the number as a Constant, if it is from 1 to kMost; returns whether it is.
 template <int kMost, class Use>
 INLINE bool WithConstant(int64_t number, const Use& use) {
   if (number == kMost) {
@@ -69,7 +69,7 @@ INLINE bool WithConstant(int64_t number, const Use& use) {
   return false;
 }
 
-// `count` scales of a row, from block `from` on: where they are, or a copy of them.
+// `count` scales of a row, from block `from` on: in place, or copied from their tiles.
 INLINE const uint8_t* RowScales(const Rows& rows, int64_t stored, int64_t from, int64_t count,
                                 uint8_t* copy) {
   const Matrix& m = *rows.matrix;
@@ -78,15 +78,6 @@ INLINE const uint8_t* RowScales(const Rows& rows, int64_t stored, int64_t from, 
       rows.Scales(stored / 128 * 128, 0) + stored % 32 * 16 + stored % 128 / 32 * 4;
   for (int64_t i = 0; i < count; ++i) copy[i] = tiles[(from + i) / 4 * 512 + (from + i) % 4];
   return copy;
-}
-
-// Fetches `bytes` of each of `count` rows into the cache.
-INLINE void Prefetch(const void* first, int64_t count, int64_t stride, int64_t bytes) {
-  for (int64_t row = 0; row < count; ++row) {
-    for (int64_t byte = 0; byte < bytes; byte += 64) {
-      __builtin_prefetch(static_cast<const uint8_t*>(first) + row * stride + byte);
-    }
-  }
 }
 
 }  // namespace

@@ -6,10 +6,12 @@
 #include <new>
 #include <vector>
 
+#include "../sizes.h"
+
 namespace jax_nvfp4_moe::cpu {
 namespace {
 
-// Products that are worth another thread: some 20 microseconds.
+// The least products for each thread: some 20 microseconds of work.
 constexpr int64_t kWorthSharing = 1 << 19;
 
 struct Grouping {
@@ -18,7 +20,7 @@ struct Grouping {
 };
 
 Grouping Group(const Layer& layer) {
-  const int64_t all = layer.tokens * layer.top_k;
+  const int64_t all = Product(layer.tokens, layer.top_k);
   const auto valid = [&](int64_t pair) {
     return layer.topk_ids[pair] >= 0 && layer.topk_ids[pair] < layer.num_experts;
   };
@@ -31,7 +33,7 @@ Grouping Group(const Layer& layer) {
     const int64_t tokens = first[expert + 1];
     first[expert + 1] += first[expert];
     if (tokens == 0) continue;
-    // Parts of about one size, whole groups of eight but for the last.
+    // Parts of about one size: multiples of eight, except the last.
     const int64_t parts = (tokens + kTaskTokens - 1) / kTaskTokens;
     const int64_t part = (tokens + 8 * parts - 1) / (8 * parts) * 8;
     for (int64_t begin = 0; begin < tokens; begin += part) {
@@ -50,7 +52,7 @@ Grouping Group(const Layer& layer) {
 
 int64_t Tasks(int64_t columns, int64_t chunk) { return (columns + chunk - 1) / chunk; }
 
-// Columns of a task: as many as there may be, unless that leaves threads idle.
+// Columns of a task: `most`, or fewer where that would leave threads idle.
 int64_t Chunk(int64_t columns, int64_t most, int64_t units, int64_t threads) {
   int64_t chunk = most;
   while (chunk > kBlock && units * Tasks(columns, chunk) < 16 * threads) chunk /= 2;
@@ -66,7 +68,7 @@ class Memory {
  public:
   template <class T>
   T* New(int64_t count) {
-    const size_t bytes = (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64;
+    const int64_t bytes = RoundUp(Product(std::max<int64_t>(count, 1), sizeof(T)), 64);
     blocks_.emplace_back(std::aligned_alloc(64, bytes));
     if (blocks_.back() == nullptr) throw std::bad_alloc();
     return static_cast<T*>(blocks_.back().get());
@@ -74,12 +76,12 @@ class Memory {
 
   void* Operands(Form form, int64_t blocks) {
     switch (form) {
-      case Form::kCodes:
-        return New<Codes>(blocks);
-      case Form::kValues:
-        return New<Values>(blocks);
-      case Form::kNarrow:
-        return New<Narrow>(blocks);
+      case Form::kE2m1:
+        return New<E2m1Block>(blocks);
+      case Form::kFp32:
+        return New<Fp32Block>(blocks);
+      case Form::kBf16:
+        return New<Bf16Block>(blocks);
     }
     return nullptr;
   }
@@ -98,26 +100,26 @@ void Run(Layer layer, const Stages& stages, int64_t threads, const Schedule& sch
   layer.num_pairs = grouping.pairs.size();
   layer.num_units = grouping.units.size();
 
-  const int64_t products =
-      layer.num_pairs * (layer.w13.rows + layer.intermediate_size) * layer.hidden_size;
+  const int64_t products = Product(
+      layer.num_pairs, Sum(layer.w13.rows, layer.intermediate_size), layer.hidden_size);
   threads = std::max<int64_t>(1, std::min(threads, products / kWorthSharing));
   layer.hidden_chunk = Chunk(layer.intermediate_size, stages.rows / 2, layer.num_units, threads);
   layer.output_chunk = Chunk(layer.hidden_size, stages.rows, layer.num_units, threads);
 
-  layer.form = layer.scheme != Scheme::kNone                            ? Form::kCodes
-               : stages.narrow && layer.rounding == Rounding::kBfloat16 ? Form::kNarrow
-                                                                        : Form::kValues;
+  layer.form = layer.scheme != Scheme::kNone                            ? Form::kE2m1
+               : stages.bf16 && layer.rounding == Rounding::kBfloat16   ? Form::kBf16
+                                                                        : Form::kFp32;
   Memory memory;
   const bool per_token = layer.scheme == Scheme::kPerToken;
-  const int64_t input_blocks = tokens * (layer.hidden_size / kBlock);
-  const int64_t hidden_blocks = layer.num_pairs * (layer.intermediate_size / kBlock);
+  const int64_t input_blocks = Product(tokens, layer.hidden_size / kBlock);
+  const int64_t hidden_blocks = Product(layer.num_pairs, layer.intermediate_size / kBlock);
   layer.input = memory.Operands(layer.form, input_blocks);
   layer.input_global = memory.New<float>(tokens);
   layer.hidden = memory.Operands(layer.form, hidden_blocks);
   layer.hidden_values =
-      per_token ? memory.New<float>(layer.num_pairs * layer.intermediate_size) : nullptr;
+      per_token ? memory.New<float>(Product(layer.num_pairs, layer.intermediate_size)) : nullptr;
   layer.hidden_global = per_token ? memory.New<float>(layer.num_pairs) : nullptr;
-  const int64_t outputs = tokens * layer.top_k * layer.hidden_size;
+  const int64_t outputs = Product(tokens, layer.top_k, layer.hidden_size);
   if (layer.rounding == Rounding::kBfloat16) {
     layer.outputs = {memory.New<uint16_t>(outputs), true};
   } else {
@@ -130,21 +132,22 @@ void Run(Layer layer, const Stages& stages, int64_t threads, const Schedule& sch
   RunStages(
       {
           stage(tokens, stages.input),
-          stage(layer.num_units * Tasks(layer.intermediate_size, layer.hidden_chunk),
+          stage(Product(layer.num_units, Tasks(layer.intermediate_size, layer.hidden_chunk)),
                 stages.hidden),
           stage(per_token ? layer.num_pairs : 0, stages.requantize),
-          stage(layer.num_units * Tasks(layer.hidden_size, layer.output_chunk), stages.output),
-          stage(tokens * Tasks(layer.hidden_size, kCombineChunk), stages.combine),
+          stage(Product(layer.num_units, Tasks(layer.hidden_size, layer.output_chunk)),
+                stages.output),
+          stage(Product(tokens, Tasks(layer.hidden_size, kCombineChunk)), stages.combine),
       },
       threads - 1, schedule);
 }
 
 void RunCombine(Layer layer, const Stages& stages, int64_t threads, const Schedule& schedule) {
   layer.summed = true;
-  const int64_t additions = layer.tokens * layer.top_k * layer.hidden_size;
+  const int64_t additions = Product(layer.tokens, layer.top_k, layer.hidden_size);
   threads = std::max<int64_t>(1, std::min(threads, additions / kWorthSharing));
   RunStages(
-      {{layer.tokens * Tasks(layer.hidden_size, kCombineChunk),
+      {{Product(layer.tokens, Tasks(layer.hidden_size, kCombineChunk)),
         [layer, run = stages.combine](int64_t task, void* scratch) { run(layer, task, scratch); }}},
       threads - 1, schedule);
 }

@@ -15,7 +15,7 @@ namespace jax_nvfp4_moe::cpu {
 //   threads: how many may work, this one included.
 //   schedule: as RunStages has it.
 //
-// Throws std::bad_alloc.
+// Throws std::bad_alloc and std::overflow_error.
 void Run(Layer layer, const Stages& stages, int64_t threads, const Schedule& schedule);
 
 // Its last stage alone, from `outputs` in float.

@@ -12,15 +12,15 @@ namespace {
 
 // ------------------------------------------------------------------------------------- operands
 
-// A vector that begins with element `at`.
+// Loads a vector from element `at` on.
 INLINE Floats LoadFrom(const Elements& from, int64_t at) {
-  return from.narrow ? LoadHalves(static_cast<const uint16_t*>(from.data) + at)
+  return from.bf16 ? LoadHalves(static_cast<const uint16_t*>(from.data) + at)
                      : Load(static_cast<const float*>(from.data) + at);
 }
 
-// Likewise; if they are narrow, x is rounded to bfloat16 already.
+// Stores a vector from element `at` on. For bfloat16, x is rounded already.
 INLINE void StoreTo(const Elements& to, int64_t at, const Floats& x) {
-  if (to.narrow) {
+  if (to.bf16) {
     StoreHalves(static_cast<uint16_t*>(to.data) + at, x);
   } else {
     Store(static_cast<float*>(to.data) + at, x);
@@ -33,34 +33,34 @@ INLINE float AbsMax(const Elements& x, int64_t start, int64_t count) {  // NaN i
   return Largest(most);
 }
 
-// Where a pair's or a token's operands lie.
+// The blocks of a pair or a token.
 template <class Block>
 INLINE Block* RowOf(void* operands, int64_t row, int64_t columns) {
   return static_cast<Block*>(operands) + row * (columns / kBlock);
 }
 
-// Operands of some products, as they are made block by block.
+// Where the operands of products are written, block by block.
 struct Operands {
   Form form;
   void* blocks;
 
   INLINE void Quantized(int64_t block, const Floats* x, float encode) const {
-    Quantize(x, encode, static_cast<Codes*>(blocks) + block);
+    Quantize(x, encode, static_cast<E2m1Block*>(blocks) + block);
   }
 
   INLINE void Plain(int64_t at, const Floats& x) const {
-    StoreTo({blocks, form == Form::kNarrow}, at, x);
+    StoreTo({blocks, form == Form::kBf16}, at, x);
   }
 };
 
 INLINE Operands InputOf(const Layer& layer) { return {layer.form, layer.input}; }
 INLINE Operands HiddenOf(const Layer& layer) { return {layer.form, layer.hidden}; }
 
-// Row `row` of activations; returns its decode scale.
+// Makes row `row` of `to` from row `row` of x; returns its decode scale.
 INLINE float MakeOperand(const Layer& layer, const Operands& to, int64_t row, const Elements& x,
                          int64_t columns, float static_scale) {
   const int64_t start = row * columns, end = start + columns;
-  if (layer.form != Form::kCodes) {
+  if (layer.form != Form::kE2m1) {
     for (int64_t i = start; i < end; i += kWidth) to.Plain(i, LoadFrom(x, i));
     return 1.0f;
   }
@@ -85,7 +85,8 @@ void Requantize(const Layer& layer, int64_t pair, void*) {
                                           {layer.hidden_values, false}, layer.intermediate_size, 0);
 }
 
-// The sums of some rows with some tokens, into the scratch, `stride` apart.
+// Multiplies rows with tokens. The sums go to the scratch, each token's `stride` after the one
+// before.
 template <class Engine>
 INLINE void MultiplyTokens(const Rows& rows, const Operands& operands, const int64_t* tokens,
                            int64_t num_tokens, int64_t stride, Scratch* scratch) {
@@ -105,7 +106,8 @@ INLINE void MultiplyTokens(const Rows& rows, const Operands& operands, const int
 
 // ------------------------------------------------------------------------------------- GEMM1
 
-// What follows the sums, for one pair's columns `first` .. `first + count - 1` of I.
+// Scales, bias, activation and requantisation of one pair's columns `first` .. `first + count - 1`
+// of I.
 INLINE void FinishHidden(const Layer& layer, const Unit& unit, int64_t place, float global,
                          const float* sums, int64_t first, int64_t count) {
   const int64_t columns = layer.intermediate_size, groups = layer.gated ? 2 : 1;
@@ -209,48 +211,48 @@ void Combine(const Layer& layer, int64_t task, void*) {
         total += layer.weighted ? row * layer.topk_weights[pair] : row;
       }
     }
-    if (layer.result.narrow) total = ToBfloat16(total);
+    if (layer.result.bf16) total = ToBfloat16(total);
     if (layer.summed) StoreTo(layer.result, token * columns + column, total);
   }
 }
 
-// ------------------------------------------------------------------------------------- the table
+// ------------------------------------------------------------------------------------- all stages
 
-template <class ForCodes, class ForValues, class ForNarrow>
+template <class E2m1, class Fp32, class Bf16>
 void HiddenTask(const Layer& layer, int64_t task, void* memory) {
   Scratch* const scratch = static_cast<Scratch*>(memory);
   switch (layer.form) {
-    case Form::kCodes:
-      return Hidden<ForCodes>(layer, task, scratch);
-    case Form::kValues:
-      return Hidden<ForValues>(layer, task, scratch);
-    case Form::kNarrow:
-      return Hidden<ForNarrow>(layer, task, scratch);
+    case Form::kE2m1:
+      return Hidden<E2m1>(layer, task, scratch);
+    case Form::kFp32:
+      return Hidden<Fp32>(layer, task, scratch);
+    case Form::kBf16:
+      return Hidden<Bf16>(layer, task, scratch);
   }
 }
 
-template <class ForCodes, class ForValues, class ForNarrow>
+template <class E2m1, class Fp32, class Bf16>
 void OutputTask(const Layer& layer, int64_t task, void* memory) {
   Scratch* const scratch = static_cast<Scratch*>(memory);
   switch (layer.form) {
-    case Form::kCodes:
-      return Output<ForCodes>(layer, task, scratch);
-    case Form::kValues:
-      return Output<ForValues>(layer, task, scratch);
-    case Form::kNarrow:
-      return Output<ForNarrow>(layer, task, scratch);
+    case Form::kE2m1:
+      return Output<E2m1>(layer, task, scratch);
+    case Form::kFp32:
+      return Output<Fp32>(layer, task, scratch);
+    case Form::kBf16:
+      return Output<Bf16>(layer, task, scratch);
   }
 }
 
-// For a level without instructions for bfloat16 the third engine is the second.
-template <class ForCodes, class ForValues, class ForNarrow = ForValues>
+// The stages of a level, from its engines. Without bfloat16 instructions, `Bf16` is `Fp32`.
+template <class E2m1, class Fp32, class Bf16 = Fp32>
 constexpr Stages StagesOf() {
-  return {!__is_same(ForNarrow, ForValues),
-          ForCodes::kTiles ? kMostRows : kFewRows,
+  return {!__is_same(Bf16, Fp32),
+          E2m1::kTiles ? kMostRows : kFewRows,
           Input,
-          HiddenTask<ForCodes, ForValues, ForNarrow>,
+          HiddenTask<E2m1, Fp32, Bf16>,
           Requantize,
-          OutputTask<ForCodes, ForValues, ForNarrow>,
+          OutputTask<E2m1, Fp32, Bf16>,
           Combine};
 }
 

@@ -1,5 +1,5 @@
-"""Compiled functions of other packages, called from inside `jax.jit` in XLA's memory.
+"""Calls compiled functions of other packages from inside `jax.jit`, in XLA's memory.
 
-`library` opens the shared library and registers its targets, `call` makes a call of a function of
-some module, `program` writes down what it is called with.
+`library` opens the shared library and registers its targets. `call` adds a call of a module's
+function to a JAX program. `program` encodes the function's arguments as attributes of the call.
 """

@@ -1,4 +1,4 @@
-"""Calls of modules' functions as part of a JAX program."""
+"""Calls of modules' functions inside a JAX program."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from jax_nvfp4_moe.bridge.program import Operand, Result, encode
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """A tensor that the function writes: its contents are undefined before.
+    """A tensor that the function writes. Its contents are undefined before the call.
 
     Attributes:
-        shape: its shape.
-        dtype: its type.
+        shape: the tensor's shape.
+        dtype: the tensor's dtype.
     """
 
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class InOut:
     """A tensor that the function reads and writes.
 
     Attributes:
-        array: what is in it before. XLA copies it first, unless nobody needs it afterwards.
+        array: the contents before the call. XLA copies it first if it is used afterwards.
     """
 
     array: Array
@@ -42,21 +42,21 @@ Argument = Array | Output | InOut | None | bool | int | float | tuple[int, ...]
 def call(
     module: str, function: str, arguments: Mapping[str, Argument], *, workspace: int
 ) -> tuple[Array, ...]:
-    """Calls a function where the program runs: on XLA's stream, in XLA's memory.
+    """Calls a function on XLA's stream, in XLA's memory.
 
     Args:
-        module: the name under which `library.register_module` knows the module there.
-        function: the name that the module exports it by.
-        arguments: by the function's parameters' names, in their order. An array is passed as a
-            tensor that the function reads; an `Output` as one that it writes, an `InOut` as both.
-        workspace: bytes for the tensors that the function allocates, each aligned to 256. Too few
-            are an error of the call, with both numbers.
+        module: the name that `library.register_module` registered where the program runs.
+        function: the function's name in the module.
+        arguments: the values by parameter name, in the order of the function's parameters. The
+            function reads an array, writes an `Output`, and reads and writes an `InOut`.
+        workspace: bytes for the tensors that the function allocates, each aligned to 256. If they
+            are too few, the call fails with RESOURCE_EXHAUSTED and both numbers.
 
     Returns:
-        The outputs, those of `InOut`s among them, in their order among the arguments.
+        The arrays of all `Output`s and `InOut`s, in the order of the arguments.
 
     Raises:
-        TypeError, ValueError: as `program.encode`.
+        TypeError, ValueError: see `program.encode`.
     """
     operands: list[Array] = []
     outputs: list[Output] = []
@@ -77,7 +77,7 @@ def call(
             outputs.append(Output(value.array.shape, value.array.dtype))
         else:
             values[name] = value
-    # The last result is the workspace, see ffi/arena.h.
+    # The last result is the workspace (ffi/arena.h).
     results = [_type(operands, *dataclasses.astuple(output)) for output in outputs]
     results.append(_type(operands, (workspace,), jnp.uint8))
     target = jax.ffi.ffi_call(TARGET, results, input_output_aliases=aliases)
@@ -86,7 +86,7 @@ def call(
 
 
 def _type(operands: list[Array], shape: tuple[int, ...], dtype: Any) -> Any:
-    """A result's type, which varies over the mesh axes that the operands vary over."""
+    """Returns a result's type, varying over the mesh axes that the operands vary over."""
     if not operands:
         return jax.ShapeDtypeStruct(shape, dtype)
     return jax.typeof(operands[0]).update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)

@@ -1,7 +1,7 @@
 """The functions of the CuTe-DSL module: their names, and their parameters in order.
 
-FlashInfer's kernel classes, behind `_cute_dsl_kernels`, compiled for one tiling and one GPU each.
-What they can compute differs between versions of FlashInfer.
+Each function is one of FlashInfer's kernel classes, compiled for one tiling and one GPU. Versions
+of FlashInfer differ in what the kernels can compute.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ ARCHS = ("10.0a", "10.3a")
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What both grouped GEMMs compute beside products.
+    """What the two grouped GEMMs compute, beside products.
 
     Attributes:
-        activation: after the first, the name of an `Activation`.
-        scheme: how rows are quantised before each, an activation scheme; "none" is W4A16, by
-            kernels of their own, whose rows are the caller's to gather and to add.
-        finalize: the second weights its rows and adds them to their tokens', in no certain order;
-            if not, it writes them, each slot's its own ("none": as they are sorted).
+        activation: the activation after the first GEMM, the name of an `Activation`.
+        scheme: the activation scheme of both GEMMs' rows. "none" is W4A16: other kernels, for which
+            the caller gathers rows before the first GEMM and adds them after the second.
+        finalize: the second GEMM applies the routing weights and adds rows to their tokens, in an
+            undefined order. If False it writes one row for each slot (for "none", in sorted order).
     """
 
     activation: str = "silu"
@@ -32,7 +32,7 @@ class Variant:
 
 # The activations that the kernels of 0.7.2 compute.
 ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai", "relu2")
-# The variants of each version of flashinfer-python, the newest last.
+# The variants of each version of flashinfer-python, the newest version last.
 VERSIONS: dict[str, tuple[Variant, ...]] = {
     "0.6.13": (Variant(),),
     "0.7.2.post1": tuple(
@@ -40,24 +40,23 @@ VERSIONS: dict[str, tuple[Variant, ...]] = {
         for activation in ACTIVATIONS
         for scheme in ("static", "per_token", "none")
         for finalize in (True, False)
-        # W4A16's addition has top_k compiled in.
+        # W4A16's finalizing kernels are compiled for one top_k.
         if not (scheme == "none" and finalize)
     ),
 }
-# The most that W4A16's kernels are compiled for (`_cute_dsl_w4a16.EXPERTS`).
+# The most experts that W4A16's kernels are compiled for (`build/cute_dsl_w4a16.EXPERTS`).
 W4A16_EXPERTS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Tactic:
-    """How both grouped GEMMs divide their work, which they have to agree on.
+    """How the two grouped GEMMs divide their work.
 
     Attributes:
-        tile: rows of a tile, all of one expert's: 128 or 256.
-        gemm1_n: columns of a tile of the first: 128 or 256.
-        gemm2_n: of the second.
-        gemm2_cluster_n: how many of the second's tiles beside each other share what they read: 1
-            or 2.
+        tile: rows of a tile in both GEMMs, all of one expert: 128 or 256.
+        gemm1_n: columns of a tile in the first GEMM: 128 or 256.
+        gemm2_n: columns of a tile in the second GEMM: 128 or 256.
+        gemm2_cluster_n: neighbouring tiles of the second GEMM in a cluster: 1 or 2.
     """
 
     tile: int = 128
@@ -66,9 +65,9 @@ class Tactic:
     gemm2_cluster_n: int = 1
 
     def fits(self, hidden_size: int, intermediate_size: int, *, gated: bool) -> bool:
-        """Whether padded sizes are whole tiles.
+        """Returns whether padded sizes are whole tiles.
 
-        0.6.13 writes whole ones (flashinfer#3957), and so does the first GEMM of 0.7.2.
+        The GEMMs of 0.6.13 write whole tiles (flashinfer#3957), and so does the first of 0.7.2.
         """
         columns = self.gemm2_n * self.gemm2_cluster_n
         rows = (2 if gated else 1) * intermediate_size
@@ -76,7 +75,7 @@ class Tactic:
 
 
 _SIZES = (128, 256)
-# By what `build` calls them. The first is FlashInfer's own where nothing was tuned
+# By the name that `build` takes. The first tactic is FlashInfer's own default
 # (flashinfer-python@0.6.13:fused_moe/cute_dsl/tuner.py:199-206).
 TACTICS = {
     "default": (Tactic(),),
@@ -91,26 +90,26 @@ TACTICS = {
 
 
 def tactics_of(variant: Variant, which: str) -> tuple[Tactic, ...]:
-    """Those that a variant's functions are compiled for.
+    """Returns the tactics that a variant's functions are compiled for.
 
-    W4A16 has one, FlashInfer's own where nothing was tuned: tiles of 128 rows and 256 columns
-    (flashinfer-python@0.7.2.post1:fused_moe/cute_dsl/blackwell/moe_w4a16.py:41-46). `Tactic()`
-    stands for it, whose tile it has.
+    W4A16 has one, FlashInfer's own default: tiles of 128 rows and 256 columns
+    (flashinfer-python@0.7.2.post1:fused_moe/cute_dsl/blackwell/moe_w4a16.py:41-46). It is returned
+    as `Tactic()`, which has the same tile.
 
     Args:
-        variant: of those of its version.
+        variant: one of its version's in `VERSIONS`.
         which: a key of `TACTICS`.
     """
     return TACTICS["default" if variant.scheme == "none" else which]
 
 
 def gemm1(variant: Variant, tactic: Tactic, arch: str) -> str:
-    """The name of the first GEMM's function, as in "gemm1_silu_static_t128_n128_sm100a".
+    """Returns the first GEMM's name, as in "gemm1_silu_static_t128_n128_sm100a".
 
     Args:
-        variant: of those of its version.
-        tactic: of `tactics_of` it.
-        arch: of `ARCHS`.
+        variant: one of its version's in `VERSIONS`.
+        tactic: one of the variant's `tactics_of`.
+        arch: one of `ARCHS`.
     """
     columns = "" if variant.scheme == "none" else f"_n{tactic.gemm1_n}"
     tiling = f"t{tactic.tile}{columns}"
@@ -118,12 +117,12 @@ def gemm1(variant: Variant, tactic: Tactic, arch: str) -> str:
 
 
 def gemm2(variant: Variant, tactic: Tactic, arch: str) -> str:
-    """The name of the second's, as in "gemm2_finalize_static_t128_n128_c1_sm100a".
+    """Returns the second GEMM's name, as in "gemm2_finalize_static_t128_n128_c1_sm100a".
 
     Args:
-        variant: of those of its version.
-        tactic: of `tactics_of` it.
-        arch: of `ARCHS`.
+        variant: one of its version's in `VERSIONS`.
+        tactic: one of the variant's `tactics_of`.
+        arch: one of `ARCHS`.
     """
     what = "finalize" if variant.finalize else "rows"
     own = f"_n{tactic.gemm2_n}_c{tactic.gemm2_cluster_n}"
@@ -136,12 +135,12 @@ def _gpu(arch: str) -> str:
 
 
 def functions(version: str, tactics: str, archs: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of all functions of a version that tactics need.
+    """Returns the names of all functions that a version's variants need.
 
     Args:
         version: a key of `VERSIONS`.
         tactics: a key of `TACTICS`.
-        archs: of `ARCHS`.
+        archs: some of `ARCHS`.
     """
     names = [
         gemm(variant, tactic, arch)
@@ -157,7 +156,7 @@ _W4A16 = ("alpha", "tile_idx_to_expert_idx", "tile_idx_to_mn_limit", "num_non_ex
 
 
 def gemm1_parameters(variant: Variant) -> tuple[str, ...]:
-    """Those of a first GEMM, in order."""
+    """Returns the first GEMM's parameters, in order."""
     if variant.scheme == "none":
         return ("hidden_states", "w1", "w1_scale", *_W4A16, "out")
     own = ("fc2_input_scale", "out", "out_scale")
@@ -170,7 +169,7 @@ def gemm1_parameters(variant: Variant) -> tuple[str, ...]:
 
 
 def gemm2_parameters(variant: Variant) -> tuple[str, ...]:
-    """Those of a second."""
+    """Returns the second GEMM's parameters, in order."""
     if variant.scheme == "none":
         return ("a", "w2", "w2_scale", *_W4A16, "output")
     own = ("per_row_scales",) if variant.scheme == "per_token" else ()
@@ -182,10 +181,10 @@ def gemm2_parameters(variant: Variant) -> tuple[str, ...]:
 
 
 def ordered(parameters: tuple[str, ...], values: Mapping[str, Argument]) -> dict[str, Argument]:
-    """Arguments in the order of a function's parameters.
+    """Returns arguments in the order of a function's parameters.
 
     Raises:
-        TypeError: there is one too many or too few.
+        TypeError: an argument is missing, or is no parameter.
     """
     if set(values) != set(parameters):
         wrong = ", ".join(sorted(set(values) ^ set(parameters)))

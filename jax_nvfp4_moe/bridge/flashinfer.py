@@ -1,4 +1,4 @@
-"""FlashInfer's functions: their parameters, which differ between its versions.
+"""Parameters of FlashInfer's functions, which differ between its versions.
 
 Sources: data/csrc/trtllm_fused_moe_kernel_launcher.cu of flashinfer-python 0.6.13, lines 2384-2398,
 and of 0.7.2.post1, lines 6001-6018. All arguments are positional.
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from jax_nvfp4_moe.bridge.call import Argument
 
-# What a parameter that only some versions have gets there in a plain call.
+# Defaults of the parameters that only some versions have.
 _PLAIN: dict[str, Argument] = {
     "gemm1_lora_delta": None,
     "num_fused_shared_experts": None,
@@ -44,15 +44,16 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def arguments(function: str, version: str, values: Mapping[str, Argument]) -> dict[str, Argument]:
-    """The arguments of a function in a version's order.
+    """Returns the arguments of a function in the order of a version's parameters.
 
     Args:
         function: a key of `PARAMETERS`.
-        version: flashinfer-python's, in full: a list that is nearly right corrupts memory.
-        values: for all parameters but those that only some versions have, which may be left out.
+        version: the full version of flashinfer-python. Arguments of a similar version would corrupt
+            memory.
+        values: a value for each parameter. Parameters that only some versions have are optional.
 
     Returns:
-        The arguments by the parameters' names, in order.
+        The arguments by parameter name, in order.
 
     Raises:
         ValueError: the version is unknown.

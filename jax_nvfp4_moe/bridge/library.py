@@ -1,4 +1,4 @@
-"""The shared library: where it is, what it offers, and why it may not be there."""
+"""The shared library: whether it is there, its XLA targets, and the modules that they call."""
 
 import ctypes
 import functools
@@ -8,23 +8,19 @@ from typing import Any, Literal
 
 import jax
 
-# Another meaning of the attributes needs another name: exports outlive the version that wrote them.
+# Exports outlive the version that wrote them, so a new meaning of the attributes needs a new name.
 TARGET = "jax_nvfp4_moe_call_v1"
 CPU_LAYER = "jax_nvfp4_moe_layer_on_cpu_v1"
 CPU_COMBINE = "jax_nvfp4_moe_combine_on_cpu_v1"
 
 _LIBRARY = Path(__file__).with_name("libjax_nvfp4_moe.so")
 _CALL_SITE = "jax_nvfp4_moe_call_site_v1"
-# As XLA spells them; under "cuda" a handler would be kept and never found.
-_PLATFORMS = {"cuda": "CUDA", "cpu": "cpu"}
-# Of the functions that the library has for each.
-_SUFFIXES = {"cuda": "", "cpu": "_on_host"}
 _lock = threading.Lock()
 _registered: set[str] = set()
 
 
 def unavailable() -> str | None:
-    """Why the library cannot be used here, or None if it can."""
+    """Returns why the library cannot be used here, or None if it can."""
     try:
         _open()
     except OSError as error:
@@ -43,71 +39,74 @@ def _open() -> ctypes.CDLL:
     library.jax_nvfp4_moe_register_module.restype = ctypes.c_char_p
     library.jax_nvfp4_moe_cpu_level.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_bool)]
     library.jax_nvfp4_moe_cpu_level.restype = ctypes.c_char_p
-    for suffix in _SUFFIXES.values():
-        for name in ("call_site_id", "call_site_info"):
-            getattr(library, f"jax_nvfp4_moe_{name}{suffix}").restype = ctypes.c_void_p
+    library.jax_nvfp4_moe_call_site_id.restype = ctypes.c_void_p
+    library.jax_nvfp4_moe_call_site_info.restype = ctypes.c_void_p
     return library
 
 
 def register_module(name: str, path: Path, *, tvm_ffi: Path, cubins: Path | None = None) -> None:
-    """Makes a module known, under a name that calls refer to; it is opened by the first of them.
+    """Registers a module under the name that calls use. The first call opens it.
 
     Args:
-        name: with the module's version in it, as exports contain it.
+        name: the module's name; exports contain it, so it should include the module's version.
         path: the module, a shared library that exports TVM-FFI functions.
         tvm_ffi: libtvm_ffi.so, of the `apache-tvm-ffi` package.
-        cubins: the directory of the images that the module asks for.
+        cubins: the directory of the module's kernel images.
 
     Raises:
-        OSError: the library is not there.
-        ValueError: the name is taken by another module.
+        OSError: the library was not built.
+        ValueError: the name is registered already with other paths.
     """
-    strings = [name, str(path), str(tvm_ffi), "" if cubins is None else str(cubins)]
-    refusal = _open().jax_nvfp4_moe_register_module(*(text.encode() for text in strings))
+    refusal = _open().jax_nvfp4_moe_register_module(*_encoded(name, path, tvm_ffi, cubins))
     if refusal is not None:
         raise ValueError(refusal.decode())
 
 
-def register_targets(platform: Literal["cuda", "cpu"]) -> None:
-    """Makes the library's target known to XLA; again does nothing.
+def _encoded(name: str, path: Path, tvm_ffi: Path, cubins: Path | None) -> list[bytes]:
+    return [str(text or "").encode() for text in (name, path, tvm_ffi, cubins)]
+
+
+def register_targets(platform: Literal["cuda"]) -> None:
+    """Registers the target of calls with XLA. Further calls do nothing.
 
     Args:
-        platform: "cuda"; or "cpu", for functions that take tensors of the host, as tests have.
+        platform: "cuda", the one platform whose programs call modules.
 
     Raises:
-        OSError: the library is not there.
+        OSError: the library was not built.
+        ValueError: another platform.
     """
+    if platform != "cuda":
+        raise ValueError(f"platform is {platform!r}; expected 'cuda'")
     library = _open()
-
-    def exported(name: str) -> Any:
-        return getattr(library, f"jax_nvfp4_moe_{name}{_SUFFIXES[platform]}")
-
     with _lock:
-        if platform in _registered:
+        if TARGET in _registered:
             return
-        if platform == "cpu":
-            # A type that is registered before this backend is there breaks it; one for CUDA waits.
-            jax.devices("cpu")
-        jax.ffi.register_ffi_type(
-            _CALL_SITE,
-            {
-                "type_id": _capsule(exported("call_site_id")()),
-                "type_info": _capsule(exported("call_site_info")()),
-            },
-            platform=_PLATFORMS[platform],
-        )
-        # The CPU backend has no stage in which to initialize.
-        stages = ["instantiate", *(["initialize"] if platform == "cuda" else []), "execute"]
-        handlers = {stage: jax.ffi.pycapsule(exported(stage)) for stage in stages}
-        jax.ffi.register_ffi_target(TARGET, handlers, platform=_PLATFORMS[platform])
-        _registered.add(platform)
+        handlers = {
+            "instantiate": library.jax_nvfp4_moe_instantiate,
+            "initialize": library.jax_nvfp4_moe_initialize,
+            "execute": library.jax_nvfp4_moe_execute,
+        }
+        ids = library.jax_nvfp4_moe_call_site_id(), library.jax_nvfp4_moe_call_site_info()
+        _register_call(handlers, *ids, platform="CUDA")  # XLA's spelling; "cuda" is never found
+        _registered.add(TARGET)
+
+
+def _register_call(
+    handlers: dict[str, Any], type_id: int, type_info: int, *, platform: str
+) -> None:
+    """Registers handlers of TARGET for a platform, and the type of their state."""
+    state = {"type_id": _capsule(type_id), "type_info": _capsule(type_info)}
+    jax.ffi.register_ffi_type(_CALL_SITE, state, platform=platform)
+    capsules = {stage: jax.ffi.pycapsule(handler) for stage, handler in handlers.items()}
+    jax.ffi.register_ffi_target(TARGET, capsules, platform=platform)
 
 
 def register_cpu_targets() -> None:
-    """Makes the layer's own kernels for CPUs known to XLA; again does nothing.
+    """Registers the targets of the CPU implementation with XLA. Further calls do nothing.
 
     Raises:
-        OSError: the library is not there.
+        OSError: the library was not built.
     """
     library = _open()
     handlers = {
@@ -118,19 +117,19 @@ def register_cpu_targets() -> None:
         for target, handler in handlers.items():
             if target not in _registered:
                 capsule = jax.ffi.pycapsule(handler)
-                jax.ffi.register_ffi_target(target, capsule, platform=_PLATFORMS["cpu"])
+                jax.ffi.register_ffi_target(target, capsule, platform="cpu")
                 _registered.add(target)
 
 
 @functools.cache
 def cpu_levels() -> dict[str, bool]:
-    """The instruction sets that the CPU kernels are compiled for, the best first.
+    """Returns the instruction sets that the CPU kernels are compiled for, the best first.
 
     Returns:
-        Whether this machine has each.
+        For each name, whether this machine has the instructions.
 
     Raises:
-        OSError: the library is not there.
+        OSError: the library was not built.
     """
     levels: dict[str, bool] = {}
     supported = ctypes.c_bool()

@@ -1,4 +1,4 @@
-"""Which modules were built on this machine: written by `build`, read at run time."""
+"""The list of modules built on this machine: `build` writes it, calls read it."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ CACHE_VARIABLE = "JAX_NVFP4_MOE_CACHE"
 
 _FILE = "modules.json"
 _COMMAND = "`python -m jax_nvfp4_moe build {}`"
-# What the manifest has for each module, by the names of the class's fields.
+# The manifest's keys for each module, which are the names of the class's fields.
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "kind": str,
     "version": str,
@@ -30,7 +30,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "cubins": (str, NoneType),
     "versions": dict,
 }
-# What it may have: a manifest of an earlier version has not.
+# Optional keys: manifests of earlier versions lack them.
 _OPTIONAL: dict[str, type] = {"needs": list, "functions": list}
 
 
@@ -39,16 +39,16 @@ class Module:
     """A compiled module.
 
     Attributes:
-        kind: what is in it: "trtllm" or "cute_dsl".
-        version: of the package that it comes from, in full.
-        archs: what it was compiled for, as in ("10.0a", "10.3a").
+        kind: the implementation that calls it: "trtllm" or "cute_dsl".
+        version: the full version of flashinfer-python that it was built from.
+        archs: the GPU architectures that it was compiled for, as in ("10.0a", "10.3a").
         path: the shared library.
-        sha256: of that file, in hexadecimal.
-        tvm_ffi: libtvm_ffi.so, which it calls.
-        cubins: the directory of the images that it asks for, or None if it has all in itself.
-        versions: of the packages and tools that it was built with, by their names.
+        sha256: the SHA-256 of that file, in hexadecimal.
+        tvm_ffi: libtvm_ffi.so, which the module calls.
+        cubins: the directory of its kernel images, or None if the library contains them.
+        versions: the versions of the packages and tools that built it, by name.
         needs: other libraries that it opens by these paths.
-        functions: what it exports; () where that is one function, which the kind implies.
+        functions: the names of its functions, or () for the one function that the kind implies.
     """
 
     kind: str
@@ -64,19 +64,19 @@ class Module:
 
     @property
     def name(self) -> str:
-        """What calls refer to it by.
+        """The name that calls use.
 
-        Without what it was compiled for: a program that is exported here contains the name, and may
-        run where the same version was compiled for another GPU.
+        It leaves out the architectures: exported programs contain the name, and may run where the
+        same version was compiled for another GPU.
         """
         return f"{self.kind}-{self.version}"
 
     def register(self) -> None:
-        """Makes it known to the bridge; again does nothing.
+        """Registers the module with the bridge. Further calls do nothing.
 
         Raises:
-            OSError: one of its files, or the bridge's library, is not there.
-            ValueError: the file is not the one that was built, or another module has its name.
+            OSError: one of the module's files, or the bridge's library, is missing.
+            ValueError: the file changed since it was built, or another module has the same name.
         """
         again = f"run {_COMMAND.format(self.kind)} again"
         _check_sha256(self.path, self.sha256, again)
@@ -88,7 +88,7 @@ class Module:
         library.register_module(self.name, self.path, tvm_ffi=self.tvm_ffi, cubins=self.cubins)
 
 
-@functools.cache  # Once for each file in a process: modules have tens of megabytes.
+@functools.cache  # Once for each file in a process: a module has tens of megabytes.
 def _check_sha256(path: Path, expected: str, again: str) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path}, which the manifest names, is gone: {again}")
@@ -99,17 +99,17 @@ def _check_sha256(path: Path, expected: str, again: str) -> None:
 
 
 def default_cache() -> Path:
-    """Where modules and their manifest are: $JAX_NVFP4_MOE_CACHE, or below the home directory."""
+    """Returns the directory of modules: $JAX_NVFP4_MOE_CACHE, or ~/.cache/jax_nvfp4_moe."""
     given = os.environ.get(CACHE_VARIABLE)
     path = Path(given).expanduser() if given else Path.home() / ".cache" / "jax_nvfp4_moe"
     return path.absolute()
 
 
 def read(cache: Path | None = None) -> tuple[Module, ...]:
-    """All modules that were built; none if nothing was.
+    """Returns all modules that were built.
 
     Args:
-        cache: where they are, `default_cache()` if not given.
+        cache: the directory of the manifest, `default_cache()` by default.
 
     Raises:
         OSError: the manifest cannot be read.
@@ -122,15 +122,15 @@ def read(cache: Path | None = None) -> tuple[Module, ...]:
 def read_entries(
     file: Path, key: str, what: str, decode: Callable[[dict[str, Any]], T], again: str
 ) -> tuple[T, ...]:
-    """The entries of a JSON file that has one list; none if there is no file.
+    """Returns the entries of a JSON file that contains one list, or () if there is no file.
 
     Args:
-        file: which.
-        key: by which it has the list.
-        what: what it is, in words for the user.
-        decode: makes an entry; a KeyError, TypeError or ValueError of it means that the file is
-            malformed.
-        again: the command that makes the file.
+        file: the file.
+        key: the list's key.
+        what: what the file is, in words for the user.
+        decode: makes an entry from its JSON object. It raises KeyError, TypeError or ValueError if
+            the object is malformed.
+        again: the command that writes the file.
 
     Raises:
         OSError: the file cannot be read.
@@ -149,9 +149,9 @@ def read_entries(
 
 
 def write_entries(file: Path, key: str, entries: Iterable[Any]) -> None:
-    """Writes such a file, of dataclasses, whole; the caller holds its cache (`locked`)."""
+    """Writes a file that `read_entries` reads, from dataclasses. The caller has `locked` it."""
     content = {key: [dataclasses.asdict(each) for each in entries]}
-    new = file.with_name(f"{file.name}.new")  # Nobody else's, under the lock.
+    new = file.with_name(f"{file.name}.new")  # The lock keeps others from it.
     new.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
     new.replace(file)
 
@@ -179,14 +179,13 @@ def _decode(entry: dict[str, Any]) -> Module:
 
 
 def add(module: Module, cache: Path | None = None) -> None:
-    """Writes a module down, in the place of the one that had its name.
+    """Adds a module to the manifest, or replaces the one of the same name.
 
-    Readers see the manifest as it was before or as it is after, and of several processes that add
-    modules at the same time none loses another's.
+    Readers see the whole manifest, old or new. Several processes may add modules at the same time.
 
     Args:
-        module: with absolute paths.
-        cache: where the manifest is, `default_cache()` if not given.
+        module: the module, with absolute paths.
+        cache: the directory of the manifest, `default_cache()` by default.
 
     Raises:
         OSError: the manifest cannot be read or written.
@@ -201,25 +200,26 @@ def add(module: Module, cache: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def locked(cache: Path) -> Iterator[None]:
-    """Holds what is kept in a cache for this process, while it is changed."""
+    """Keeps other processes from changing a cache within the `with` block."""
     import fcntl  # noqa: PLC0415  Windows has none: there nothing is built, but `read` must work.
 
-    # A file of its own: the manifest itself is another file after each change.
+    # A separate file, because each change replaces the manifest itself.
     with (cache / f"{_FILE}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def register_all() -> tuple[Module, ...]:
-    """Registers every module that was built, and the bridge's target for CUDA.
+    """Registers every module that was built, and the call target for CUDA.
 
-    For programs that were exported elsewhere: what is traced here registers what it calls.
+    Call it before running a program that was exported by another process. Tracing a call registers
+    what that call needs.
 
     Returns:
         The modules.
 
     Raises:
-        OSError, ValueError: as `read` and `Module.register`.
+        OSError, ValueError: see `read` and `Module.register`.
     """
     modules = read()
     for module in modules:

@@ -1,4 +1,4 @@
-"""What a function is called with, as a list of integers that stands in a call's attributes."""
+"""Encodes a function's arguments as a list of integers, an attribute of the call."""
 
 import dataclasses
 import struct
@@ -19,7 +19,7 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One of the call's results, the workspace not counted."""
+    """One of the call's results, not counting the workspace."""
 
     index: int
 
@@ -28,17 +28,15 @@ Value = Operand | Result | None | bool | int | float | tuple[int, ...]
 
 
 def encode(arguments: Mapping[str, Value]) -> dict[str, str | np.ndarray]:
-    """The attributes `program` and `arguments` of a call.
+    """Returns the attributes `program` and `arguments` of a call, for `jax.ffi.ffi_call`.
 
     Args:
-        arguments: values by the parameters' names, in the order of the function's parameters. A
-            tuple is a list of integers; an empty one stands for any empty list.
-
-    Returns:
-        The attributes, as `jax.ffi.ffi_call` takes them.
+        arguments: the values by parameter name, in the order of the function's parameters. A tuple
+            is a list of integers; an empty tuple is an empty list of any type.
 
     Raises:
-        TypeError, ValueError: a value is of no kind that the program knows, or a name has a comma.
+        TypeError: a value has a type that a program cannot hold.
+        ValueError: a name is empty or has a comma.
     """
     words: list[int] = []
     for name, value in arguments.items():

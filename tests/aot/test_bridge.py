@@ -6,6 +6,7 @@ import pytest
 
 from jax_nvfp4_moe.bridge import library
 from tests.gpu.harness import reverse
+from tests.support import host
 
 from . import harness
 
@@ -18,7 +19,7 @@ def test_xla_records_a_chain_of_calls(target, calls, recorded, tmp_path):
     """As compiled for a GPU that is not there: in a command buffer, with one workspace for all."""
     if (reason := library.unavailable()) is not None:
         pytest.skip(f"needs the shared library: {reason}")
-    library.register_targets("cpu")  # beside which the other has to be sound
+    host.register()  # beside which the other has to be sound
     library.register_targets("cuda")
 
     def chain(x):

@@ -95,7 +95,9 @@ def test_dtypes(fake, dtype):
 
 def test_a_dtype_that_dlpack_lacks(fake):
     x = jnp.zeros((2, 4), jnp.float8_e4m3b11fnuz)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT: show: x has a data"):
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT: show: x has XLA's data type"
+    ):
         run("show", {"x": x, "y": ONE})
 
 
@@ -170,7 +172,7 @@ def test_control_a_program_that_is_right(fake):
         ({"program": words(1, 0, 6, 3, 1, 2)}, "program: it ends within an argument"),
         ({"program": words(1, 0, 99, 0)}, "argument y has the opcode 99, which this version"),
         ({"program": np.array([1, 0], np.int32)}, "show: attribute program: .*expected S64"),
-        ({"surplus": 1}, "there are 5 attributes, and this version of libjax_nvfp4_moe knows"),
+        ({"surplus": 1}, "the call has 5 attributes; this version of libjax_nvfp4_moe knows 4"),
     ],
 )
 def test_attributes_that_do_not_compile(fake, changes, message):
@@ -190,8 +192,8 @@ def test_an_attribute_is_missing(fake):
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        (words(1, 1, 2, 0), "x is operand 1, and there are 1"),
-        (words(1, 0, 2, 1), "y is result 1, and there are 1 beside the workspace"),
+        (words(1, 1, 2, 0), "x is operand 1 of the call, which has 1"),
+        (words(1, 0, 2, 1), "y is result 1 of the call, which has 1 beside the workspace"),
     ],
 )
 def test_indices_that_are_not_there(fake, program, message):
@@ -203,7 +205,9 @@ def test_indices_that_are_not_there(fake, program, message):
 def test_a_call_without_results(fake):
     target = jax.ffi.ffi_call(library.TARGET, (), has_side_effect=True)
     program = encode({"x": Operand(0)})
-    with pytest.raises(jax.errors.JaxRuntimeError, match="the last one is the workspace"):
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match="has no results; the last one has to be the workspace"
+    ):
         now(jax.jit(lambda x: target(x, module="fake", function="show", **program)), jnp.zeros(3))
 
 
@@ -254,6 +258,35 @@ def test_the_workspace_is_exactly_enough(fake, sizes, needed):
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         allocated(sizes, needed - 1)
     allocated(sizes, needed)  # and nothing is left of the failure
+
+
+def allocated_one(shape, bits, workspace):
+    run("allocate_one", {"shape": shape, "bits": bits, "y": ONE}, workspace)
+
+
+def test_control_a_tensor_that_fills_the_workspace(fake):
+    allocated_one((2**3, 2**6), 64, 4096)
+    assert fake.journal() == ["tensor 1/64/1 [8 64 ] strides [64 1 ] device 1:0"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "message"),
+    [
+        # 2**61 elements of 64 bits are 2**67 bits, which are 0 modulo 2**64.
+        ((2**61,), 64, r"ValueError: .*a size overflows 64 bits: 2305843009213693952 \* 64"),
+        ((2**61,), 8, r"ValueError: .*a size overflows 64 bits: 2305843009213693952 \* 8"),
+        ((2**32, 2**32), 8, r"ValueError: .*a size overflows 64 bits: 4294967296 \* 4294967296"),
+        ((0, 2**40, 2**40), 8, r"ValueError: .*a size overflows 64 bits"),  # its strides do
+        ((2**59,), 8, "RESOURCE_EXHAUSTED: .*4096 bytes, and at least 576460752303423488 are"),
+        ((-1,), 8, r"ValueError: .*a tensor of shape \[-1\] .* negative dimension"),
+        ((-(2**61), 8), 64, r"ValueError: .*shape \[-2305843009213693952, 8\] .* negative"),
+    ],
+)
+def test_sizes_that_no_workspace_has(fake, shape, bits, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        allocated_one(shape, bits, 4096)
+    assert fake.journal() == []
+    allocated_one((4096,), 8, 4096)  # and nothing is left of the failure
 
 
 def test_the_workspace_is_used_again(fake):
@@ -459,7 +492,7 @@ def test_the_library_is_missing(monkeypatch, tmp_path):
 def test_no_python_package_of_tvm_ffi_is_imported(built):
     code = (
         "import sys, jax_nvfp4_moe.bridge.call, jax_nvfp4_moe.bridge.library as library\n"
-        "library.register_targets('cpu')\n"
+        "library.register_targets('cuda')\n"
         "print(sorted({'torch', 'tvm_ffi', 'flashinfer'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

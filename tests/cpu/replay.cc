@@ -97,11 +97,11 @@ Layer LayerOf(const Recorded& recorded) {
   layer.num_experts = operands[3].shape[0];
   layer.intermediate_size = std::stoll(text.at("intermediate_size"));
   layer.scheme = static_cast<Scheme>(Index(text.at("scheme"), {"static", "per_token", "none"}));
-  layer.curve = static_cast<Curve>(
+  layer.activation = static_cast<Activation>(
       Index(text.at("activation"), {"silu", "gelu", "gelu_tanh", "swiglu_oai", "relu2"}));
   layer.rounding =
       static_cast<Rounding>(Index(text.at("rounding"), {"float32", "bfloat16", "float16"}));
-  layer.gated = layer.curve != Curve::kRelu2;
+  layer.gated = layer.activation != Activation::kRelu2;
   layer.alpha = std::stof(text.at("alpha"));
   layer.beta = std::stof(text.at("beta"));
   layer.limit = std::stof(text.at("limit"));

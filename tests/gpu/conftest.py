@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from jax_nvfp4_moe.bridge import library
+from tests.support import host
 from tests.support.fake_module import tvm_ffi  # noqa: F401  a fixture
 from tests.support.host import CPU, CUDA, present_host_as
 
@@ -26,8 +27,11 @@ def built(request, tvm_ffi, tmp_path_factory):  # noqa: F811
     if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler, g++")
     module = build(request.param, tmp_path_factory.mktemp("gpu_tests"), tvm_ffi)
+    if request.param == "host":
+        host.register()
+    else:
+        library.register_targets("cuda")
     library.register_module(MODULE, module.path, tvm_ffi=tvm_ffi / "lib" / "libtvm_ffi.so")
-    library.register_targets("cpu" if request.param == "host" else "cuda")
     return module
 
 

@@ -56,11 +56,11 @@ import jax.numpy as jnp
 from pathlib import Path
 from jax_nvfp4_moe.bridge import library
 from tests.gpu import harness
-from tests.support.host import CUDA, present_host_as
+from tests.support import host
 
+host.register()
 library.register_module(harness.MODULE, Path(sys.argv[2]), tvm_ffi=Path(sys.argv[3]))
-library.register_targets("cpu")
-present_host_as(CUDA, 1)
+host.present_host_as(host.CUDA, 1)
 print(harness.axpb(jnp.arange(3.0), factor=2.0))
 assert ctypes.CDLL(None).cuModuleLoadData() == 303
 """

@@ -14,7 +14,6 @@ import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe import parallel
 from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.implementations.cpu.implementation import LEVELS
-from tests.cpu.replay import recorded_call
 from tests.support import conformance, oracle
 from tests.support.conformance import make_layer, reference, run
 
@@ -268,44 +267,3 @@ def test_gradients_are_the_emulations(rng):
     got = jax.grad(loss, (0, 1))(x, weights, "cpu")
     want = jax.grad(loss, (0, 1))(x, weights, "emulation")
     jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-# ------------------------------------------------------------------------------------- bad input
-
-
-def call_with(rng, operands=None, shape=(3, 320), dtype=jnp.float32, **changed):
-    """The custom call as nobody should make it: what the library itself refuses."""
-    layer = make_layer(Case(tokens=3), rng)
-    attributes, arrays = recorded_call(layer, layer.experts)
-    for index, array in (operands or {}).items():
-        arrays[index] = array
-    options = {"level": "", **attributes, **changed}
-    library.register_cpu_targets()
-    result = jax.ShapeDtypeStruct(shape, dtype)
-    return jax.ffi.ffi_call(library.CPU_LAYER, result)(*map(jnp.asarray, arrays), **options)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"scheme": "dynamic"}, "scheme is 'dynamic', which this version does not know"),
-        ({"activation": "tanh"}, "activation is 'tanh', which this version does not know"),
-        ({"rounding": "float8"}, "rounding is 'float8', which this version does not know"),
-        ({"level": "sse9"}, "level 'sse9' is not there, or this machine lacks it"),
-        ({"intermediate_size": 4096}, "the sizes of codes and scales do not fit"),
-        ({"intermediate_size": 24}, "the sizes of codes and scales do not fit"),
-        ({"operands": {5: np.full(544, 4000, np.int32)}}, "the order names rows that are not"),
-        ({"operands": {5: np.zeros(3, np.int32)}}, "the order lacks rows"),
-        ({"operands": {6: np.zeros((8, 3), np.float32)}}, "w13's global scales: expected [E, G]"),
-        ({"operands": {7: np.zeros(3, np.float32)}}, "w13's bias: expected [E, G * I]"),
-        ({"operands": {2: np.zeros((3, 9), np.float32)}}, "sizes do not fit"),
-        ({"operands": {0: np.zeros((3, 320), np.float16)}}, "x needs to be float32 or bfloat16"),
-        ({"dtype": jnp.float16}, "the result needs to be float32 or bfloat16"),
-        ({"shape": (3, 2, 320), "dtype": jnp.bfloat16}, "every expert's output needs to be float"),
-    ],
-    ids=lambda each: each if isinstance(each, str) else None,
-)
-def test_the_library_checks_what_protects_memory(changed, message, rng):
-    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
-        jax.block_until_ready(call_with(rng, **changed))
-    assert message in str(caught.value)

@@ -29,6 +29,7 @@ from jax_nvfp4_moe import layouts  # noqa: E402
 from jax_nvfp4_moe.bridge import cute_dsl, library  # noqa: E402
 from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, Tactic, Variant  # noqa: E402
 from jax_nvfp4_moe.implementations.cute_dsl.call import Functions, run_routed  # noqa: E402
+from tests.support import host  # noqa: E402
 from tests.support.host import CUDA, present_host_as  # noqa: E402
 
 from .buffers import Buffers  # noqa: E402
@@ -292,8 +293,8 @@ def check_miswired() -> None:
 
 
 def main(checks: Mapping[str, Any]) -> None:
+    host.register()
     library.register_module(MODULE, manifest.cute_dsl.module, tvm_ffi=manifest.tvm_ffi)
-    library.register_targets("cpu")
     checks[f"check_{sys.argv[1]}"]()
     # Nothing was compiled for a call, nor can anything be.
     assert not {"cutlass", "flashinfer", "torch", "tvm_ffi"} & set(sys.modules)

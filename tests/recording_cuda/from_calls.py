@@ -27,6 +27,7 @@ from jax_nvfp4_moe.bridge import manifest as built
 from jax_nvfp4_moe.implementations.trtllm import call as _trtllm_call
 from jax_nvfp4_moe.implementations.trtllm import implementation as trtllm
 from jax_nvfp4_moe.implementations.trtllm import routing as _trtllm_routing
+from tests.support import host
 
 from .buffers import Buffers
 from .cases import Case, Routed, routers
@@ -249,7 +250,7 @@ def main() -> None:
                 cubins=manifest.cubin_directory,
             )
         )
-        library.register_targets("cpu")
+        host.register()
         globals()[f"check_{sys.argv[1]}"]()
     finally:
         shutil.rmtree(folder)

@@ -21,6 +21,7 @@ import jax  # noqa: E402
 from jax_nvfp4_moe.bridge import library  # noqa: E402
 from jax_nvfp4_moe.implementations.trtllm import call as _trtllm_call  # noqa: E402
 from jax_nvfp4_moe.implementations.trtllm.call import Function, run_routed  # noqa: E402
+from tests.support import host  # noqa: E402
 from tests.support.host import CUDA, present_host_as  # noqa: E402
 
 from .cases import Case, forms, models, sizes  # noqa: E402
@@ -142,10 +143,10 @@ def check_a_byte_less() -> None:
 
 
 def main() -> None:
+    host.register()
     library.register_module(
         MODULE, manifest.module, tvm_ffi=manifest.tvm_ffi, cubins=manifest.cubin_directory
     )
-    library.register_targets("cpu")
     globals()[f"check_{sys.argv[1]}"]()
     assert "torch" not in sys.modules
     assert "flashinfer" not in sys.modules

@@ -209,6 +209,28 @@ EXPORTED int __tvm_ffi_allocate(void*, const TVMFFIAny* args, int32_t count, TVM
   return status;
 }
 
+// (shape, bits, y): allocates one tensor of that shape, of unsigned integers of so many bits.
+EXPORTED int __tvm_ffi_allocate_one(void*, const TVMFFIAny* args, int32_t count, TVMFFIAny*) {
+  if (count != 3) return Fail("TypeError", "allocate_one takes 3 arguments");
+  const auto* cell = reinterpret_cast<const TVMFFISeqCell*>(args[0].v_obj + 1);
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < cell->size; ++i) {
+    shape.push_back(static_cast<const TVMFFIAny*>(cell->data)[i].v_int64);
+  }
+  DLTensor prototype{};
+  prototype.device = Tensor(args[2]).device;
+  prototype.ndim = static_cast<int32_t>(shape.size());
+  prototype.dtype = {kDLUInt, static_cast<uint8_t>(args[1].v_int64), 1};
+  prototype.shape = shape.data();
+  void* tensor = nullptr;
+  if (Symbol<decltype(&TVMFFIEnvTensorAlloc)>("TVMFFIEnvTensorAlloc")(&prototype, &tensor) != 0) {
+    return -1;
+  }
+  Write(Text(*reinterpret_cast<const DLTensor*>(static_cast<TVMFFIObject*>(tensor) + 1)));
+  Symbol<decltype(&TVMFFIObjectDecRef)>("TVMFFIObjectDecRef")(tensor);
+  return 0;
+}
+
 EXPORTED void release() {
   Symbol<decltype(&TVMFFIObjectDecRef)>("TVMFFIObjectDecRef")(kept);
 }

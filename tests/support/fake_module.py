@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from jax_nvfp4_moe.bridge import cute_dsl, library, manifest
+from tests.support import host
 from tests.support.host import CPU, present_host_as
 
 HERE = Path(__file__).parent
@@ -50,10 +51,8 @@ class FakeModule:
 def tvm_ffi():
     """The folder of the tvm_ffi package."""
     folder = tvm_ffi_folder()
-    if folder is None:
-        pytest.skip("needs the extra `test`: apache-tvm-ffi is not installed")
-    if (reason := library.unavailable()) is not None:
-        pytest.skip(f"needs the shared library: {reason}")
+    if (reason := host.missing()) is not None:
+        pytest.skip(reason)
     return folder
 
 
@@ -81,10 +80,10 @@ def built(tvm_ffi, tmp_path_factory):
     (folder / "cubins" / "good.cubin").write_text("image")
     (folder / "cubins" / "bad.cubin").write_text("imagf")
     (folder / "good.cubin").write_text("image")
+    host.register()
     library.register_module(
         "fake", path, tvm_ffi=tvm_ffi / "lib" / "libtvm_ffi.so", cubins=folder / "cubins"
     )
-    library.register_targets("cpu")
     return path
 
 

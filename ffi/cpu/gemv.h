@@ -1,38 +1,39 @@
-// Products of packed weights with a few quantised tokens, row by row: blocks lie in the lanes of a
-// vector as they do in memory, and what is added across it is added once for a row.
+// Products of packed weights with a few quantised tokens, row by row. The lanes of a vector hold
+// blocks of one row, as they lie in memory, and each row's sum across the vector is taken once.
 //
-// Of an `Engine` (products.h) this takes, beside Zero and Add:
-//   kTotals                  totals of rows and tokens that are in registers at once
+// An `Engine` (products.h) provides, beside Zero and Add:
+//   kTotals                  the most sums of rows and tokens that are kept in registers
 //   Gather(blocks)           kLanes blocks of a token, one in each lane: an Operand
-//   Decode(codes, scales)    as many of a row: Weights
-//   StoreTotals(sums, first, to)    of kGroup rows, or added to what is there
-//   AnyNan(scales, count)
+//   Decode(codes, scales)    kLanes blocks of a row, in the same order: Weights
+//   StoreTotals(sums, first, to)    stores the totals of kGroup rows, or adds them to `to`
+//   AnyNan(scales, count)    whether a scale is NaN
 
-#ifndef JAX_NVFP4_MOE_CPU_ALONG_H_
-#define JAX_NVFP4_MOE_CPU_ALONG_H_
+#ifndef JAX_NVFP4_MOE_CPU_GEMV_H_
+#define JAX_NVFP4_MOE_CPU_GEMV_H_
 
+#include "prefetch.h"
 #include "rows.h"
 
 namespace jax_nvfp4_moe::cpu {
 namespace {
 
-constexpr int64_t kGroup = 4;           // rows whose sums are added up together
-constexpr int64_t kAhead = 2 * kGroup;  // rows from those that are multiplied to those fetched
+constexpr int64_t kGroup = 4;           // rows whose totals are stored together
+constexpr int64_t kAhead = 2 * kGroup;  // prefetched so many rows ahead
 
-// Steps of kLanes blocks. The last one ends where the row does, and of the blocks that were there
-// before, in the step before or the chunk before, its tokens have zeros.
+// Gathers tokens in steps of kLanes blocks. The last step ends where the row does, so it may repeat
+// blocks of the step or chunk before; for these the tokens have zeros.
 template <class Engine, int kCount>
-INLINE void GatherTokens(const Codes* const* tokens, int64_t from, int64_t count,
+INLINE void GatherTokens(const E2m1Block* const* tokens, int64_t from, int64_t count,
                          typename Engine::Operand* to) {
   constexpr int64_t kLanes = Engine::kLanes;
   const int64_t whole = count / kLanes;
   for (int64_t t = 0; t < kCount; ++t) {
-    const Codes* const blocks = tokens[t] + from;
+    const E2m1Block* const blocks = tokens[t] + from;
     for (int64_t step = 0; step < whole; ++step) {
       to[step * kCount + t] = Engine::Gather(blocks + step * kLanes);
     }
     if (count % kLanes == 0) continue;
-    Codes last[kLanes] = {};
+    E2m1Block last[kLanes] = {};
     for (int64_t block = whole * kLanes; block < count; ++block) {
       last[block - count + kLanes] = blocks[block];
     }
@@ -40,7 +41,7 @@ INLINE void GatherTokens(const Codes* const* tokens, int64_t from, int64_t count
   }
 }
 
-// Where some rows' codes and scales are.
+// The codes and scales of kGroup rows.
 struct Group {
   const uint8_t* codes[kGroup];
   const uint8_t* scales[kGroup];
@@ -53,7 +54,8 @@ struct Group {
     }
   }
 
-  // From rows `row - kGroup` to `row`, of which most are just as far in memory.
+  // Moves from the rows at `row - kGroup` to those at `row`; most lie kGroup rows further in
+  // memory.
   INLINE void Advance(const Rows& rows, int64_t row, int64_t from) {
     if (rows.matrix->order != nullptr || row % rows.length == 0) {
       *this = Group(rows, row, from);
@@ -65,7 +67,7 @@ struct Group {
     }
   }
 
-  // Where they are swizzled, from `back` blocks before `from` on.
+  // Copies swizzled scales, from `back` blocks before `from` on.
   INLINE void CopyScales(const Rows& rows, int64_t row, int64_t from, int64_t count, int64_t back,
                          Scratch* scratch) {
     for (int64_t i = 0; i < kGroup; ++i) {
@@ -74,18 +76,15 @@ struct Group {
     }
   }
 
-  // Into the second cache: what is to come has no place in the first.
+  // Fetches a step of row i into the second cache; the first has no room for rows to come.
   template <int64_t kLanes>
   INLINE void Fetch(int64_t i, int64_t step) const {
-    constexpr int64_t kBytes = kLanes * kBlock / 2;
-    for (int64_t line = 0; line < kBytes; line += 64) {
-      __builtin_prefetch(codes[i] + step * kBytes + line, 0, 2);
-    }
-    if (step % (64 / kLanes) == i) __builtin_prefetch(scales[i] + step * kLanes, 0, 2);
+    PrefetchCodes<kLanes, kSecondCache>(codes[i], step);
+    PrefetchScales<kLanes, kSecondCache>(scales[i], i, step);
   }
 };
 
-// Sums of some rows of a group with all tokens.
+// Multiplies kRows rows of a group, from row `first` on, with all tokens.
 template <class Engine, int kRows, int kCount>
 INLINE void MultiplyGroup(const Group& group, const Group& ahead, int64_t first, int64_t count,
                           const typename Engine::Operand* tokens,
@@ -119,7 +118,7 @@ INLINE void MultiplyGroup(const Group& group, const Group& ahead, int64_t first,
 
 // As Multiply (products.h), for kCount tokens and rows of at least kLanes blocks.
 template <class Engine, int kCount>
-void MultiplyAlong(const Rows& rows, const Codes* const* tokens, float* sums, int64_t stride,
+void MultiplyGemv(const Rows& rows, const E2m1Block* const* tokens, float* sums, int64_t stride,
                    Scratch* scratch) {
   constexpr int64_t kLanes = Engine::kLanes;
   constexpr int kAtOnce = Engine::kTotals / kCount;
@@ -142,7 +141,7 @@ void MultiplyAlong(const Rows& rows, const Codes* const* tokens, float* sums, in
       for (int t = 0; t < kCount; ++t) {
         Engine::StoreTotals(total[t], from == 0, sums + t * stride + row);
       }
-      for (int64_t i = 0; i < kGroup; ++i) {  // Decode knows no NaN
+      for (int64_t i = 0; i < kGroup; ++i) {  // Decode makes numbers of NaNs
         if (__builtin_expect(!Engine::AnyNan(group.scales[i], count), 1)) continue;
         for (int t = 0; t < kCount; ++t) sums[t * stride + row + i] = __builtin_nanf("");
       }
@@ -155,4 +154,4 @@ void MultiplyAlong(const Rows& rows, const Codes* const* tokens, float* sums, in
 }  // namespace
 }  // namespace jax_nvfp4_moe::cpu
 
-#endif  // JAX_NVFP4_MOE_CPU_ALONG_H_
+#endif  // JAX_NVFP4_MOE_CPU_GEMV_H_
