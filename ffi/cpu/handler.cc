@@ -2,8 +2,8 @@
 //
 // The layer. Operands: x f32 or bf16 [T, H]; topk_ids s32 [T, K]; topk_weights f32 [T, K]; for w13
 // and for w2 codes u8 [E, rows, bytes], scales f8e4m3fn [E, rows, bytes], order s32 [logical rows]
-// or [0], global scales f32 [E, G] and [E], bias f32 [E, logical rows] or [0]; input_scale and
-// hidden_scale f32 [], of the static scheme. Result: f32 or bf16 [T, H], or f32 [T, K, H] for every
+// or [0], global scales f32 [E, G] and [E], bias f32 [E, logical rows] or [0]; w13_input_scale and
+// w2_input_scale f32 [], of the static scheme. Result: f32 or bf16 [T, H], or f32 [T, K, H] for every
 // expert's output.
 //
 // Attributes: those of `jax_nvfp4_moe.implementations.cpu.implementation`.
@@ -61,8 +61,8 @@ Schedule On(ffi::ThreadPool& pool) {
 ffi::Error Compute(ffi::ThreadPool pool, AnyBuffer x, IntBuffer topk_ids, FloatBuffer topk_weights,
                    ByteBuffer codes13, AnyBuffer scales13, IntBuffer order13, FloatBuffer global13,
                    FloatBuffer bias13, ByteBuffer codes2, AnyBuffer scales2, IntBuffer order2,
-                   FloatBuffer global2, FloatBuffer bias2, FloatBuffer input_scale,
-                   FloatBuffer hidden_scale, ffi::Result<AnyBuffer> result, std::string_view level,
+                   FloatBuffer global2, FloatBuffer bias2, FloatBuffer w13_input_scale,
+                   FloatBuffer w2_input_scale, ffi::Result<AnyBuffer> result, std::string_view level,
                    std::string_view scheme, std::string_view activation, float alpha, float beta,
                    float limit, std::string_view rounding, bool weighted, int64_t intermediate_size,
                    bool swizzled) try {
@@ -110,8 +110,8 @@ ffi::Error Compute(ffi::ThreadPool pool, AnyBuffer x, IntBuffer topk_ids, FloatB
   layer.global_scale2 = global2.typed_data();
   layer.bias13 = OptionalArray("w13's bias", bias13, {experts, rows13}, "[E, G * I]");
   layer.bias2 = OptionalArray("w2's bias", bias2, {experts, hidden}, "[E, H]");
-  layer.input_scale = Scalar("input_scale", input_scale);
-  layer.hidden_scale = Scalar("hidden_scale", hidden_scale);
+  layer.w13_input_scale = Scalar("w13_input_scale", w13_input_scale);
+  layer.w2_input_scale = Scalar("w2_input_scale", w2_input_scale);
   layer.result = ElementsOf("the result", *result);
   if (!layer.summed && layer.result.bf16) {
     Refuse("the result, every expert's output, is bfloat16; expected float32");
@@ -164,8 +164,8 @@ EXPORTED XLA_FFI_Error* jax_nvfp4_moe_layer_on_cpu(XLA_FFI_CallFrame* frame) {
                              .Arg<IntBuffer>()
                              .Arg<FloatBuffer>()
                              .Arg<FloatBuffer>()
-                             .Arg<FloatBuffer>()  // input_scale
-                             .Arg<FloatBuffer>()  // hidden_scale
+                             .Arg<FloatBuffer>()  // w13_input_scale
+                             .Arg<FloatBuffer>()  // w2_input_scale
                              .Ret<AnyBuffer>()
                              .Attr<std::string_view>("level")
                              .Attr<std::string_view>("scheme")

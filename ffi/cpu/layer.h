@@ -87,7 +87,7 @@ struct Layer {
   const float* global_scale2;       // [E]
   const float* bias13;              // [E, G * I] or null
   const float* bias2;               // [E, H] or null
-  float input_scale, hidden_scale;  // decode scales, where static
+  float w13_input_scale, w2_input_scale;  // decode scales, where static
   Elements result;                  // [T, H], or [T, K, H]
 
   // Filled in by `Run` and the stages. A pair is a token and one of its slots, number t * K + k.

@@ -77,7 +77,7 @@ INLINE float MakeOperand(const Layer& layer, const Operands& to, int64_t row, co
 
 void Input(const Layer& layer, int64_t token, void*) {
   layer.input_global[token] =
-      MakeOperand(layer, InputOf(layer), token, layer.x, layer.hidden_size, layer.input_scale);
+      MakeOperand(layer, InputOf(layer), token, layer.x, layer.hidden_size, layer.w13_input_scale);
 }
 
 void Requantize(const Layer& layer, int64_t pair, void*) {
@@ -118,7 +118,7 @@ INLINE void FinishHidden(const Layer& layer, const Unit& unit, int64_t place, fl
   const float gate_scale = quantised ? scales[0] * global : scales[0];
   const float up_scale = quantised ? scales[groups - 1] * global : scales[groups - 1];
   const Operands to = HiddenOf(layer);
-  const float encode = layer.scheme == Scheme::kStatic ? Reciprocal(layer.hidden_scale) : 0.0f;
+  const float encode = layer.scheme == Scheme::kStatic ? Reciprocal(layer.w2_input_scale) : 0.0f;
   for (int64_t block = 0; block < count; block += kBlock) {
     Floats hidden[kParts];
     const int64_t at = place * columns + first + block;
@@ -181,7 +181,7 @@ INLINE void Output(const Layer& layer, int64_t task, Scratch* scratch) {
   const float weight_scale = layer.global_scale2[unit.expert];
   for (int64_t t = 0; t < unit.tokens; ++t) {
     const int64_t place = unit.first + t;
-    const float scale = layer.scheme == Scheme::kStatic ? weight_scale * layer.hidden_scale
+    const float scale = layer.scheme == Scheme::kStatic ? weight_scale * layer.w2_input_scale
                         : layer.scheme == Scheme::kPerToken
                             ? weight_scale * layer.hidden_global[place]
                             : weight_scale;

@@ -118,8 +118,8 @@ Layer LayerOf(const Recorded& recorded) {
   layer.w2 = MatrixOf(operands + 8, layer.hidden_size, layer.intermediate_size, swizzled);
   layer.global_scale2 = operands[11].data<float>();
   layer.bias2 = operands[12].OrNull();
-  layer.input_scale = operands[13].data<float>()[0];
-  layer.hidden_scale = operands[14].data<float>()[0];
+  layer.w13_input_scale = operands[13].data<float>()[0];
+  layer.w2_input_scale = operands[14].data<float>()[0];
   return layer;
 }
 

@@ -125,7 +125,7 @@ def test_intermediate_sizes_that_overflow(size, activation, rng):
 
 
 @pytest.mark.parametrize(
-    ("index", "name"), [(INPUT_SCALE, "input_scale"), (HIDDEN_SCALE, "hidden_scale")]
+    ("index", "name"), [(INPUT_SCALE, "w13_input_scale"), (HIDDEN_SCALE, "w2_input_scale")]
 )
 @pytest.mark.parametrize("shape", [(0,), (1,), (8, 1)])
 def test_scalars_are_checked_before_they_are_read(index, name, shape, rng):
