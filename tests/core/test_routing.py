@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jax_nvfp4_moe import routing
 from jax_nvfp4_moe.routing import Routing, route
 from tests.support import routing_reference as reference
 
@@ -54,6 +55,10 @@ def assert_routed(got, want, rtol=RTOL):
     assert (ids.dtype, weights.dtype) == (jnp.int32, jnp.float32)
     np.testing.assert_array_equal(ids, want_ids)
     np.testing.assert_allclose(weights, want_weights, rtol=rtol)
+
+
+def test_every_method_is_tested():
+    assert set(METHODS) == set(routing.METHODS)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

@@ -9,6 +9,8 @@ import itertools
 import tempfile
 from pathlib import Path
 
+from jax_nvfp4_moe import routing
+
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 
 # What every mistake starts from.
@@ -788,8 +790,7 @@ MISTAKES = (
         code='nvm.Routing("renormalise", top_k=2)',
         error="ValueError",
         message=(
-            "method is 'renormalise', expected one of default, renormalize, renormalize_naive, "
-            "deepseek_v3, llama4, topk, sigmoid, sigmoid_renorm, minimax2: did you mean "
+            f"method is 'renormalise', expected one of {', '.join(routing.METHODS)}: did you mean "
             "'renormalize'?"
         ),
         argument="method",
@@ -801,10 +802,7 @@ MISTAKES = (
         title="arguments swapped",
         code='nvm.Routing(2, "renormalize")',
         error="TypeError",
-        message=(
-            "method is 2, expected one of default, renormalize, renormalize_naive, deepseek_v3, "
-            "llama4, topk, sigmoid, sigmoid_renorm, minimax2"
-        ),
+        message=f"method is 2, expected one of {', '.join(routing.METHODS)}",
         argument="method",
         given="2",
         expected="expected one of default",
