@@ -24,6 +24,8 @@ from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 from jax_nvfp4_moe.relayout import row_orders
 from jax_nvfp4_moe.rounding import round_to
 
+# The activations of `ffi/cpu`: `Parse<Curve>` in handler.cc.
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swiglu_oai", "relu2")
 LEVELS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable")
 
 
@@ -59,6 +61,8 @@ class Cpu(Implementation):
             state = "this machine lacks it" if self.level in levels else "not compiled in"
             has = ", ".join(name for name, there in levels.items() if there)
             raise NotImplementedError(f"level {self.level!r}: {state}; there are {has}")
+        if (activation := problem.call.activation.name) not in ACTIVATIONS:
+            raise NotImplementedError(f"activation {activation!r}: it has {', '.join(ACTIVATIONS)}")
         return CpuPlan(self, problem)
 
 

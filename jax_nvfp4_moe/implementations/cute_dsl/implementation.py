@@ -30,7 +30,11 @@ from jax_nvfp4_moe.implementations.cute_dsl.call import Functions, run_routed
 from jax_nvfp4_moe.layouts import Layout
 from jax_nvfp4_moe.tuning import TunedLayer, look_up
 
-# Each version's rung of the evidence ladder: docs/bridge.md has the five.
+# The activations that the kernels of any version have.
+_ACTIVATIONS = tuple(
+    dict.fromkeys(each.activation for has in cute_dsl.VERSIONS.values() for each in has)
+)
+# Each version's rung of the evidence ladder: docs/evidence.md has the five.
 _EVIDENCE = {
     "0.6.13": "evidence 3 of 5: its launches were recorded, it has never run on a GPU",
     "0.7.2.post1": "evidence 2 of 5: its kernels compile, it has never run on a GPU",
@@ -186,7 +190,10 @@ def _check_computed(call: Call, experts: ExpertWeights) -> None:
             f"{W4A16_EXPERTS} at most",
         ),
         (biased, "the experts have biases, and it adds none"),
-        (activation.name == "gelu", "activation 'gelu': it has silu, gelu_tanh, swiglu_oai, relu2"),
+        (
+            activation.name not in _ACTIVATIONS,
+            f"activation {activation.name!r}: it has {', '.join(_ACTIVATIONS)}",
+        ),
         (
             activation != Activation(activation.name),
             f"{activation}: it is compiled for {Activation(activation.name)}",
