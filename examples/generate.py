@@ -1,8 +1,8 @@
-"""Text from a Qwen3-MoE model in NVFP4, and its perplexity beside the original's.
+"""Generates text with a Qwen3-MoE model in NVFP4, and compares its perplexity with the original's.
 
     python examples/generate.py [DIRECTORY] [--prompt TEXT] [--tokens 64] [--temperature 0.5] ...
 
-Without arguments: a tiny model that comes with the repository, trained on Python documentation.
+The default is a tiny model from the repository, trained on Python's documentation.
 Needs the extra `examples`.
 """
 
@@ -24,13 +24,13 @@ from tokenizers import Tokenizer
 from jax_nvfp4_moe.flax.nnx import Nvfp4MoE
 
 MODELS = Path(__file__).parent / "models"
-WINDOW = 256  # tokens; perplexity is over such pieces, each on its own
+WINDOW = 256  # tokens; perplexity is measured over windows of this length, each by itself
 SEPARATOR = "\n<|endoftext|>\n"  # between the texts of a held-out file
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "top_k"), donate_argnames="cache")
 def step(model, tokens, cache, start, key, temperature, top_k):
-    """Reads tokens [B, T], of which `start` precede them, and chooses the next ones [B, 1]."""
+    """Returns the next tokens [B, 1] after tokens [B, T], which follow `start` cached ones."""
     logits, cache = model(tokens, cache, start)
     best, ids = lax.top_k(logits[:, -1], top_k or logits.shape[-1])
     if temperature:
@@ -40,7 +40,7 @@ def step(model, tokens, cache, start, key, temperature, top_k):
 
 
 def generate(model, prompt, count, *, temperature=0.5, top_k=40, seed=0):
-    """Yields `count` tokens that follow those of the prompt, each as soon as it is there."""
+    """Yields `count` tokens that follow the prompt, each as soon as it is known."""
     tokens, start = jnp.asarray([prompt]), jnp.int32(0)
     cache = model.empty_cache(1, len(prompt) + count)
     for key in jax.random.split(jax.random.key(seed), count):
@@ -49,13 +49,13 @@ def generate(model, prompt, count, *, temperature=0.5, top_k=40, seed=0):
 
 
 def stream(tokens, tokenizer):
-    """Prints tokens as they come; returns how many, and how many a second after the first."""
+    """Prints tokens as they arrive; returns their number, and the rate after the first one."""
     begin, shown, ids = 0.0, "", []
     for token in tokens:
         ids.append(token)
         begin = begin or time.perf_counter()
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # else a character has begun, whose rest is to come
+        if not text.endswith("\ufffd"):  # otherwise a character is incomplete
             print(text.removeprefix(shown), end="", flush=True)
             shown = text
     return len(ids), (len(ids) - 1) / max(time.perf_counter() - begin, 1e-9)
@@ -63,7 +63,7 @@ def stream(tokens, tokenizer):
 
 @jax.jit
 def log_likelihood(model, windows):
-    """The sum over all tokens of windows [N, T] but the first of each."""
+    """Returns the log likelihood of windows [N, T], summed over all tokens but each first one."""
 
     def one(window):
         logits, _ = model(window[None])
@@ -74,7 +74,10 @@ def log_likelihood(model, windows):
 
 
 def perplexity(model, tokenizer, text, start):
-    """Of texts cut into windows of 256 tokens, and how many windows; `start` precedes each text."""
+    """Returns the perplexity over windows of 256 tokens, and their number.
+
+    `start` holds the tokens that precede each text.
+    """
     texts = text.removesuffix("\n").split(SEPARATOR)
     ids = [token for part in texts for token in (*start, *tokenizer.encode(part).ids)]
     windows = np.array(ids[: len(ids) // WINDOW * WINDOW], np.int32).reshape(-1, WINDOW)
@@ -83,7 +86,7 @@ def perplexity(model, tokenizer, text, start):
 
 
 def described(model, directory):
-    """One line on a model."""
+    """Returns one line that describes a model."""
     moe = model.layers[0].moe
     if isinstance(moe, Nvfp4MoE):
         num_experts = moe.experts.num_experts
@@ -95,20 +98,29 @@ def described(model, directory):
 
 
 def arguments():
-    """The command line."""
+    """Returns the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("directory", type=Path, nargs="?", default=MODELS / "qwen3-moe-tiny-nvfp4")
     add("--prompt", default="If the file does not exist,")
-    add("--tokens", type=int, default=64, help="how many to write")
-    add("--temperature", type=float, default=0.5, help="0 takes the most likely token")
-    add("--top-k", type=int, default=40, help="choose among so many tokens; 0 means all")
+    add("--tokens", type=int, default=64, help="number of tokens to generate")
+    add("--temperature", type=float, default=0.5, help="0: the most likely token")
+    add("--top-k", type=int, default=40, help="sample from this many tokens; 0: all")
     add("--seed", type=int, default=1)
-    add("--original", type=Path, help="the model before quantisation, for its perplexity")
-    add("--held-out", type=Path, help="text for the perplexity")
-    add("--activations", choices=("static", "per_token", "none"), help="default: as in the files")
-    add("--implementation", choices=("cpu", "emulation"), help="of the experts; default: the best")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="but for experts")
+    add("--original", type=Path, help="the unquantised model, to compare the perplexity")
+    add("--held-out", type=Path, help="text to measure the perplexity on")
+    add(
+        "--activations",
+        choices=("static", "per_token", "none"),
+        help="activation scheme; default: the files'",
+    )
+    add("--implementation", choices=("cpu", "emulation"), help="of the experts; default: automatic")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of everything but the experts",
+    )
     args = parser.parse_args()
     if args.directory.parent == MODELS:
         args.original = args.original or MODELS / "qwen3-moe-tiny-bf16"
@@ -117,7 +129,7 @@ def arguments():
 
 
 def main():
-    """Generates, counts, compares."""
+    """Generates text, and measures the rate and the perplexity."""
     args = arguments()
     load = functools.partial(qwen3_moe.load, dtype=jnp.dtype(args.dtype))
     model = load(args.directory, activation_scheme=args.activations)
@@ -132,7 +144,7 @@ def main():
     prompt = [*begin, *tokenizer.encode(args.prompt).ids]
     options = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
     tokens = functools.partial(generate, model, prompt, args.tokens, **options)
-    list(itertools.islice(tokens(), 2))  # compiles: once for the prompt, once for single tokens
+    list(itertools.islice(tokens(), 2))  # compiles for the prompt, and for single tokens
     print(args.prompt, end="", flush=True)
     count, rate = stream(tokens(), tokenizer)
     print(f"\n\n{count} tokens, {rate:.0f} a second (without compiling and the prompt)")

@@ -2,9 +2,9 @@
 
     python examples/qwen3_layer.py [--tokens 1 16]
 
-It makes random bfloat16 experts (1.2 GB), quantises them, runs the layer, and says how far the
-result is from float64 and from bfloat16, how long a call takes, and how many bytes of weights it
-reads. Needs the core dependencies alone and about 5 GB of memory.
+It makes random bfloat16 experts (1.2 GB), quantises them, runs the layer, and prints the error
+against float64 and bfloat16, the time of a call, and the bytes of weights that it reads. It needs
+only the core dependencies, and about 5 GB of memory.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ROUTING = nvm.Routing("renormalize_naive", top_k=TOP_K)
 
 @contextmanager
 def step(what):
-    """Prints what is done, and how long it took."""
+    """Prints a step and its time."""
     print(f"{what:<58}", end="", flush=True)
     begin = time.perf_counter()
     yield
@@ -33,7 +33,7 @@ def step(what):
 
 @jax.jit
 def random_experts(key):
-    """bfloat16 gate, up and down matrices at which a token keeps its magnitude."""
+    """Returns random bfloat16 gate, up and down matrices that preserve a token's magnitude."""
 
     def matrix(key, rows, columns, std):
         return std * jax.random.normal(key, (NUM_EXPERTS, rows, columns), jnp.bfloat16)
@@ -47,7 +47,7 @@ def random_experts(key):
 
 
 def float64_layer(x, ids, weights, experts_of):
-    """The layer in float64: `experts_of(e)` gives an expert's gate, up and down matrices."""
+    """Returns the layer's output in float64; `experts_of(e)` is an expert's gate, up and down."""
     out = np.zeros(x.shape)
     for token, slot in np.ndindex(*ids.shape):
         gate, up, down = (np.asarray(w).astype(np.float64) for w in experts_of(ids[token, slot]))
@@ -58,7 +58,7 @@ def float64_layer(x, ids, weights, experts_of):
 
 @jax.jit
 def bfloat16_layer(x, ids, weights, gate, up, down):
-    """What the layer is in bfloat16: the hit experts' matrices, rounded between the steps."""
+    """Returns the layer's output in bfloat16, rounded after every step."""
 
     def pair(token, expert):
         hidden = jax.nn.silu(gate[expert] @ x[token]) * (up[expert] @ x[token])
@@ -70,20 +70,20 @@ def bfloat16_layer(x, ids, weights, gate, up, down):
 
 
 def dequantised(experts, index):
-    """One expert's matrices as the NVFP4 weights have them, in float32."""
+    """Returns one expert's dequantised gate, up and down in float32."""
     one = jax.tree.map(lambda leaf: leaf[index], (experts.w13, experts.w2))
     w13, w2 = (nvm.dequantize(matrix, jnp.float32) for matrix in one)
     return w13[:INTERMEDIATE], w13[INTERMEDIATE:], w2
 
 
 def error(got, want):
-    """Relative L2."""
+    """Returns the relative L2 error."""
     got, want = np.asarray(got).astype(np.float64), np.asarray(want).astype(np.float64)
     return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def median_time(run, *args):
-    """Median, fastest and slowest of nine calls, in seconds."""
+    """Returns the median, the fastest and the slowest of nine calls, in seconds."""
     run(*args).block_until_ready()
     times = []
     for _ in range(9):
@@ -94,7 +94,7 @@ def median_time(run, *args):
 
 
 def main():
-    """Quantises, runs, compares, times."""
+    """Quantises the experts, runs the layer, compares and times it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16], help="batch sizes to run")
     tokens = parser.parse_args().tokens
@@ -118,7 +118,7 @@ def main():
         x = jax.random.normal(x_key, (count, HIDDEN)).astype(jnp.bfloat16)
         logits = 2 * jax.random.normal(logits_key, (count, NUM_EXPERTS))
         ids, weights = nvm.route(logits, ROUTING)
-        some = slice(0, 4)  # float64 takes its time
+        some = slice(0, 4)  # float64 is slow
         args = np.asarray(x[some]).astype(np.float64), np.asarray(ids[some]), np.asarray(weights)
         exact = float64_layer(*args, lambda e: (gate[e], up[e], down[e]))
         same_weights = float64_layer(*args, lambda e: dequantised(experts, e))

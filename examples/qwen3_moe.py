@@ -1,12 +1,12 @@
-"""Qwen3-MoE in Flax NNX, loaded from a Hugging Face folder, in NVFP4 or as it was trained.
+"""Qwen3-MoE in Flax NNX, loaded from a Hugging Face directory, in NVFP4 or unquantised.
 
     model = qwen3_moe.load("examples/models/qwen3-moe-tiny-nvfp4")
     logits, _ = model(tokens)                                  # whole texts at once,
     logits, cache = model(tokens, model.empty_cache(1, 64))    # or piece by piece
     logits, cache = model(more, cache, start=tokens.shape[1])
 
-All but the experts is ordinary JAX; `Nvfp4MoE` is where this package comes in. Dimensions: B texts,
-T new tokens, S cached ones, H hidden size, N query heads, M key heads, D their size, E experts.
+`Nvfp4MoE` computes the experts; the rest is ordinary JAX. Dimensions: B texts, T new tokens, S
+cached tokens, H hidden size, M key-value heads, D head size, E experts.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from safetensors.flax import load_file
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe.flax.nnx import Nvfp4MoE
 
-# What config.json may say, with what it means if it says nothing first.
+# The supported values of config.json; the first is the default.
 SUPPORTED = {
     "model_type": ("qwen3_moe",),
     "hidden_act": ("silu",),
@@ -37,7 +37,7 @@ SUPPORTED = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the model has to know beside the shapes of its weights."""
+    """The configuration that the shapes of the weights do not tell."""
 
     num_layers: int
     num_kv_heads: int
@@ -48,7 +48,7 @@ class Config:
 
     @classmethod
     def of(cls, config):
-        """From a config.json; NotImplementedError for what this model does not do."""
+        """Reads config.json's contents; raises NotImplementedError for unsupported values."""
         config = {**config, **(config.get("rope_parameters") or {})}
         for name, values in SUPPORTED.items():
             if (found := config.get(name, values[0])) not in values:
@@ -67,14 +67,14 @@ class Config:
 
 
 def rms_norm(x, weight, eps):
-    """In float32, whatever the type of x."""
+    """Returns x normalised by its root mean square, which is computed in float32."""
     wide = x.astype(jnp.float32)
     wide = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
     return weight[...] * wide.astype(x.dtype)
 
 
 def rotate(x, positions, theta):
-    """Rotary positions: turns the two halves of each head [B, T, heads, D] against each other."""
+    """Returns the heads [B, T, heads, D] with rotary position embeddings applied."""
     half = x.shape[-1] // 2
     angles = positions[:, None, None] * theta ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
@@ -83,10 +83,10 @@ def rotate(x, positions, theta):
 
 
 def project(x, weight):
-    """X @ weight.T.
+    """Returns x @ weight.T.
 
-    XLA:CPU (jaxlib 0.10) multiplies bfloat16 as it is where there are two rows and the result is
-    float32. Otherwise it first makes the weight float32, in every call, ten times as slow.
+    XLA:CPU (jaxlib 0.10) multiplies bfloat16 directly if there are two rows or more and the result
+    is float32. Otherwise it converts the weight to float32 in every call, ten times as slow.
     """
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) == 1 and x.dtype == jnp.bfloat16:
@@ -97,7 +97,7 @@ def project(x, weight):
 
 
 class Attention(nnx.Module):
-    """Causal attention; groups of query heads share keys and values."""
+    """Causal grouped-query attention."""
 
     def __init__(self, config, weight):
         self.config = config
@@ -105,7 +105,7 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = weight("self_attn.q_norm"), weight("self_attn.k_norm")
 
     def __call__(self, x, cache, start):
-        """Attends from new tokens [B, T, H] to those before them. Returns the new cache too."""
+        """Returns the attention output of new tokens [B, T, H], and the new cache."""
         config = self.config
         positions = start + jnp.arange(x.shape[1])
 
@@ -130,7 +130,7 @@ class Attention(nnx.Module):
 
 
 class DenseMoE(nnx.Module):
-    """The experts as they were trained. Each computes all tokens: simple, and for small models."""
+    """Unquantised experts. Every expert computes all tokens: simple, for small models only."""
 
     def __init__(self, config, weight, num_experts):
         def experts(name):
@@ -141,10 +141,10 @@ class DenseMoE(nnx.Module):
         self.gate, self.up, self.down = experts("gate"), experts("up"), experts("down")
 
     def __call__(self, x):
-        """The block without its residual, [..., H]."""
+        """Returns the output [..., H], without the residual."""
         tokens = x.reshape(-1, x.shape[-1])
         ids, top = nvm.route(tokens @ self.router[...].T, self.routing)
-        # Each token's weight for every expert [E, T], which is 0 for all but the top k.
+        # The weight of each token for every expert, [E, T]: 0 outside the top k.
         weights = jnp.zeros((len(self.gate[...]), len(tokens)), top.dtype)
         weights = weights.at[ids.T, jnp.arange(len(tokens))].set(top.T)
 
@@ -168,7 +168,7 @@ class Block(nnx.Module):
         self.attention, self.moe = Attention(config, weight), moe
 
     def __call__(self, x, cache, start):
-        """From [B, T, H] to the same, and the new cache."""
+        """Returns the output [B, T, H], and the new cache."""
         y, cache = self.attention(rms_norm(x, self.attention_norm, self.norm_eps), cache, start)
         x = x + y
         return x + self.moe(rms_norm(x, self.moe_norm, self.norm_eps)), cache
@@ -178,7 +178,7 @@ class Qwen3Moe(nnx.Module):
     """The language model."""
 
     def __init__(self, config, tensors, layers, dtype):
-        """From the tensors of a checkpoint by their names, and its NVFP4 blocks, if it has them."""
+        """Takes a checkpoint's tensors by name, and its NVFP4 blocks by layer."""
 
         def weights(prefix):
             return lambda name: nnx.Param(tensors[f"{prefix}{name}.weight"].astype(dtype))
@@ -196,12 +196,12 @@ class Qwen3Moe(nnx.Module):
         self.head = weights("")("lm_head") if "lm_head.weight" in tensors else self.embed
 
     def __call__(self, tokens, cache=None, start=0):
-        """Logits for what follows each token.
+        """Returns the logits of the token that follows each token.
 
         Args:
             tokens: int [B, T], at positions start to start + T - 1.
-            cache: of all layers, with room for start + T tokens; None for whole texts.
-            start: how many tokens are in the cache.
+            cache: of all layers, with room for start + T tokens; None if the texts are complete.
+            start: the number of tokens in the cache.
 
         Returns:
             float32 [B, T, vocabulary], and the cache with the new tokens.
@@ -215,19 +215,19 @@ class Qwen3Moe(nnx.Module):
         return project(x, self.head).astype(jnp.float32), new_cache
 
     def empty_cache(self, batch, length):
-        """Keys and values [B, S, M, D] of each layer, for S = length tokens."""
+        """Returns empty keys and values [B, S, M, D] for each layer, with S = length."""
         config, dtype = self.config, self.embed[...].dtype
         shape = (batch, length, config.num_kv_heads, config.head_dim)
         return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in self.layers]
 
 
 def load(directory, *, activation_scheme=None, dtype=jnp.float32):
-    """Loads a checkpoint: experts in NVFP4 where it is quantised, dense ones where it is not.
+    """Loads a checkpoint, with NVFP4 experts if it is quantised, else with dense ones.
 
     Args:
-        directory: with config.json and *.safetensors.
+        directory: has config.json and *.safetensors.
         activation_scheme: as in `nvm.load_checkpoint`.
-        dtype: of everything that is not quantised, and of the arithmetic outside of the experts.
+        dtype: of all unquantised weights, and of the arithmetic outside the experts.
 
     Returns:
         The model.

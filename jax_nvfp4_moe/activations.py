@@ -68,6 +68,7 @@ _DEFINITIONS = {
     "swiglu_oai": _Definition(_sigmoid_curve, {"alpha": 1.702, "beta": 1.0, "limit": 7.0}),
     "relu2": _Definition(_relu2, {}, gated=False),
 }
+NAMES = tuple(_DEFINITIONS)
 
 
 @dataclasses.dataclass(frozen=True)

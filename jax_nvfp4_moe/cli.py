@@ -1,7 +1,7 @@
-"""The command line: look at a checkpoint, check it, convert it, make one; build kernels' modules.
+"""The command line: inspects, checks, converts and quantises checkpoints; builds and tunes kernels.
 
-Exit codes: 0 all is well; 1 something is wrong with the checkpoint, or the build failed; 2 the
-command was not understood; 3 a file is missing, in the way, or cannot be read or written.
+Exit codes: 0 success; 1 the checkpoint is invalid, or the build failed; 2 the command line is
+wrong; 3 a file is missing, exists already, or cannot be read or written.
 """
 
 import dataclasses
@@ -31,7 +31,9 @@ _FAILED, _FILES = 1, 3
 _directory = click.argument("path", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 _progress = click.option(
-    "--progress/--no-progress", default=None, help="Show a progress bar; by default on a terminal."
+    "--progress/--no-progress",
+    default=None,
+    help="Show a progress bar. Default: on a terminal.",
 )
 _format = click.option(
     "--format",
@@ -43,10 +45,10 @@ _format = click.option(
 )
 
 
-@click.group(epilog="Exit codes: 0 well, 1 a bad checkpoint or build, 2 usage, 3 files.")
+@click.group(epilog="Exit codes: 0 success, 1 bad checkpoint or failed build, 2 usage, 3 files.")
 @click.version_option(jax_nvfp4_moe.__version__, package_name="jax_nvfp4_moe")
 def main() -> None:
-    """NVFP4 mixture-of-experts: checkpoints, and the modules of Blackwell's kernels."""
+    """Works with NVFP4 mixture-of-experts checkpoints, and builds the Blackwell kernels."""
 
 
 @main.command()
@@ -55,14 +57,14 @@ def main() -> None:
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Draw histograms of block scales, and of errors with --original.",
+    help="Write a plot: histograms of block scales and, with --original, of errors.",
 )
 @click.option(
     "--original",
     type=click.Path(path_type=Path),
-    help="The unquantised checkpoint it was made of.",
+    help="The unquantised checkpoint that it was made from.",
 )
-@click.option("--headers", is_flag=True, help="Do not read scales and codes.")
+@click.option("--headers", is_flag=True, help="Read headers only, no scales or codes.")
 @_progress
 def inspect(
     path: Path,
@@ -72,7 +74,7 @@ def inspect(
     headers: bool,
     progress: bool | None,
 ) -> None:
-    """Show the layers of a checkpoint: experts, schemes, ranges of scales, problems."""
+    """Show each layer of a checkpoint: sizes, scheme, ranges of scales, problems."""
     if headers and (plot is not None or original is not None):
         raise click.UsageError("--headers reads no values, which --plot and --original need")
     with _plain_errors():
@@ -89,7 +91,7 @@ def inspect(
 @_json
 @_progress
 def validate(path: Path, as_json: bool, progress: bool | None) -> None:
-    """Read everything that loading would check; exit with 1 if anything is wrong."""
+    """Run every check of loading; exit with 1 if one fails."""
     with _plain_errors():
         report = inspect_checkpoint(path, progress=progress)
     if as_json:
@@ -108,7 +110,7 @@ def validate(path: Path, as_json: bool, progress: bool | None) -> None:
 @_json
 @_progress
 def convert(path: Path, output: Path, format_: Any, as_json: bool, progress: bool | None) -> None:
-    """Write a checkpoint again at OUTPUT, in one format or the other."""
+    """Write a checkpoint to OUTPUT in the other format."""
     with _plain_errors():
         checkpoint.convert_checkpoint(path, output, format=format_, progress=progress)
     _print_written(output, format_, as_json)
@@ -121,9 +123,9 @@ def convert(path: Path, output: Path, format_: Any, as_json: bool, progress: boo
     "--calibration",
     type=click.Path(path_type=Path, dir_okay=False),
     help=(
-        "A safetensors file of sample activations: a tensor [T, H] for each layer, named by its "
-        "number, of what enters its block; for Gemma 4 also <number>.router. Without it "
-        "activations are not quantised (W4A16)."
+        "A safetensors file of calibration samples: for each layer a tensor [T, H], named by the "
+        "layer's number, of tokens as they enter its block; for Gemma 4 also <number>.router. "
+        "Default: no calibration, and activations are not quantised (W4A16)."
     ),
 )
 @_format
@@ -137,7 +139,7 @@ def quantize(
     as_json: bool,
     progress: bool | None,
 ) -> None:
-    """Quantise the experts of a bfloat16 checkpoint to NVFP4, at OUTPUT."""
+    """Quantise the experts of a bfloat16 checkpoint to NVFP4, and write it to OUTPUT."""
     with _plain_errors():
         checkpoint.quantize_checkpoint(
             path,
@@ -151,7 +153,7 @@ def quantize(
 
 @main.group()
 def build() -> None:
-    """Build what other packages' kernels are called through."""
+    """Build FlashInfer's kernels as modules that calls find."""
 
 
 @build.command()
@@ -159,28 +161,28 @@ def build() -> None:
     "--arch",
     default="10.0a,10.3a",
     show_default=True,
-    help="What to compile for. On two cores each takes some 20 minutes.",
+    help="Architectures, separated by commas. Each takes about 20 minutes on two cores.",
 )
 @click.option(
     "--python",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The interpreter of an environment that has FlashInfer; by default this one.",
+    help="The Python of an environment that has FlashInfer. Default: this one.",
 )
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
-    help="Compilers at a time; by default one for each processor.",
+    help="Number of compilers that run at a time. Default: one for each processor.",
 )
 @_progress
 @_json
 def trtllm(
     arch: str, python: Path | None, jobs: int | None, progress: bool | None, as_json: bool
 ) -> None:
-    """Build FlashInfer's TRTLLM-Gen MoE, or copy a compiled one that FlashInfer has already.
+    """Build FlashInfer's TRTLLM-Gen MoE, or copy it if FlashInfer has compiled it already.
 
-    It is kept in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe.
+    The module is stored in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe.
     """
-    # Imported here: they are for Linux alone.
+    # Imported here: these modules need Linux.
     from jax_nvfp4_moe.build import building  # noqa: PLC0415
     from jax_nvfp4_moe.build import trtllm as build_trtllm  # noqa: PLC0415
 
@@ -191,27 +193,27 @@ def trtllm(
 
 
 @build.command("cute_dsl")
-@click.option("--arch", default="10.0a,10.3a", show_default=True, help="What to compile for.")
+@click.option("--arch", default="10.0a,10.3a", show_default=True, help="Architectures.")
 @click.option(
     "--tactics",
     type=click.Choice(["all", "default"]),
     default="all",
     show_default=True,
-    help="All kernels that FlashInfer chooses from, or those that it takes if nothing was tuned.",
+    help="All kernels that FlashInfer chooses from, or only those for layers that were not tuned.",
 )
 @click.option(
     "--python",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The interpreter of an environment that has FlashInfer; by default this one.",
+    help="The Python of an environment that has FlashInfer. Default: this one.",
 )
 @_progress
 @_json
 def cute_dsl(
     arch: str, tactics: str, python: Path | None, progress: bool | None, as_json: bool
 ) -> None:
-    """Build FlashInfer's CuTe-DSL MoE: some seconds for each kernel, and no CUDA toolkit.
+    """Build FlashInfer's CuTe-DSL MoE: a few seconds for each kernel, without a CUDA toolkit.
 
-    It is kept in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe.
+    The module is stored in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe.
     """
     from jax_nvfp4_moe.bridge import cute_dsl  # noqa: PLC0415
     from jax_nvfp4_moe.build import building  # noqa: PLC0415
@@ -227,18 +229,20 @@ def cute_dsl(
 
 @main.group()
 def tune() -> None:
-    """Find the fastest way to run a layer on the GPU that is here."""
+    """Find the fastest way to run a layer on this machine's GPU."""
 
 
 def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(each) for each in text.split(","))
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of numbers like 1,16,256") from None
+        raise click.BadParameter(
+            f"{text!r} is not a list of numbers, expected for example 1,16,256"
+        ) from None
 
 
 @tune.command("cute_dsl")
-@click.option("--num-experts", type=int, required=True, help="On one device.")
+@click.option("--num-experts", type=int, required=True, help="Number of experts on one device.")
 @click.option("--top-k", type=int, required=True)
 @click.option("--hidden-size", type=int, required=True)
 @click.option("--intermediate-size", type=int, required=True)
@@ -247,7 +251,7 @@ def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> tu
     default="1,4,16,64,256,1024,4096",
     show_default=True,
     callback=_numbers,
-    help="For each of these the fastest is found.",
+    help="Numbers of tokens, separated by commas, to tune for.",
 )
 @click.option(
     "--activation",
@@ -261,14 +265,14 @@ def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> tu
     default="static",
     show_default=True,
 )
-@click.option("--deterministic", is_flag=True, help="For CuteDsl(deterministic=True).")
+@click.option("--deterministic", is_flag=True, help="Tune for CuteDsl(deterministic=True).")
 @_progress
 @_json
 def tune_cute_dsl(as_json: bool, **options: Any) -> None:
-    """Measure FlashInfer's CuTe-DSL kernels' tactics for a layer, and keep the fastest.
+    """Measure the tactics of FlashInfer's CuTe-DSL kernels for a layer, and store the fastest.
 
-    The table is tactics.json in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe; calls that
-    are traced from then on look there.
+    They are stored in tactics.json in $JAX_NVFP4_MOE_CACHE, by default ~/.cache/jax_nvfp4_moe.
+    Calls traced afterwards use them.
     """
     from jax_nvfp4_moe.implementations.cute_dsl import tune  # noqa: PLC0415
 
@@ -308,14 +312,14 @@ def _print_built(built: "Build", as_json: bool) -> None:
 
 
 def _samples(file: Path) -> dict[int, Any]:
-    """Sample activations from a safetensors file."""
+    """Returns the calibration samples of a safetensors file."""
     tensors = TensorFiles(file)
     found: dict[int, Any] = {}
     for name in tensors:
         layer, _, rest = name.partition(".")
         if not layer.isdecimal() or rest not in ("", "router"):
             raise CheckpointError(
-                f"{file} has a tensor {name!r}, expected layers' numbers, as in '3' or '3.router'"
+                f"{file} has a tensor {name!r}, expected a layer's number, as in '3' or '3.router'"
             )
         if rest == "router":
             continue
@@ -328,7 +332,7 @@ def _samples(file: Path) -> dict[int, Any]:
 
 @contextmanager
 def _plain_errors(*more: type[Exception]) -> Iterator[None]:
-    """Turns errors of checkpoints, builds and files into plain text and an exit code."""
+    """Prints errors of checkpoints, builds and files, and exits with their code."""
     try:
         yield
     except OSError as error:
@@ -348,7 +352,7 @@ def _print(report: Report, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report.json(), indent=2))
         return
-    # Wide enough for the table where nobody's terminal limits it.
+    # 120 columns hold the table; a terminal has its own width.
     width = None if sys.stdout.isatty() else 120
     console = Console(highlight=False, markup=False, soft_wrap=True, width=width)
     console.print(report.directory, style="bold")
@@ -373,8 +377,8 @@ _COLUMNS: dict[str, Callable[[LayerReport], str]] = {
     "E x H x I": lambda one: f"{one.num_experts} x {one.hidden_size} x {one.intermediate_size}",
     "scheme": lambda one: one.scheme,
     "weight scales": lambda one: _shown(one.global_scale),
-    "input scales": lambda one: _shown(one.w13_input_scale),
-    "hidden scales": lambda one: _shown(one.w2_input_scale),
+    "w13 input scales": lambda one: _shown(one.w13_input_scale),
+    "w2 input scales": lambda one: _shown(one.w2_input_scale),
     "": lambda one: "problems" if one.problems else "ok",
 }
 

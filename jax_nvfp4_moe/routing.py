@@ -1,7 +1,7 @@
-"""Routers: which experts each token goes to, and with what weight.
+"""Routing: selects the experts of each token, and their weights.
 
-Nine methods, those of FlashInfer's TRTLLM-Gen kernels, as data: `_METHODS` gives each one the
-scores it ranks all experts by and what it makes of the scores of the chosen ones.
+The methods are those of FlashInfer's TRTLLM-Gen kernels, as a table. A new method is an entry of
+`_METHODS` and a line of `Routing`'s docstring; CONTRIBUTING.md says how it is tested.
 """
 
 import dataclasses
@@ -43,33 +43,40 @@ _softmax = functools.partial(jax.nn.softmax, axis=-1)
 _total = functools.partial(jnp.sum, axis=-1, keepdims=True)
 
 
+def _normalized(x: Float[Array, "T k"]) -> Float[Array, "T k"]:
+    return _divide(x, _total(x) + _EPSILON)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Method:
-    score: Callable[[Array], Array]  # logits [T, E] to the scores that are ranked, before any bias
+    score: Callable[[Array], Array]  # logits [T, E] to scores; the k largest select
     weigh: Callable[[Array], Array]  # scores of the selected experts [T, k] to their weights
-    corrected: bool = False  # whether it takes DeepSeek's selection bias and scaling factor
+    biased: bool = False  # whether it takes a selection bias and a scaling factor, as DeepSeek-V3
+    grouped: bool = False  # whether it takes groups of experts
 
 
 _METHODS = {
     "default": _Method(_softmax, _same),
     "renormalize": _Method(_same, _softmax),
     "renormalize_naive": _Method(_softmax, lambda x: _divide(x, _total(x))),
-    "deepseek_v3": _Method(jax.nn.sigmoid, lambda x: _divide(x, _total(x) + _EPSILON), True),
+    "deepseek_v3": _Method(jax.nn.sigmoid, _normalized, biased=True, grouped=True),
     "llama4": _Method(_same, jax.nn.sigmoid),
     "topk": _Method(_same, _same),
     "sigmoid": _Method(jax.nn.sigmoid, _same),
     "sigmoid_renorm": _Method(jax.nn.sigmoid, lambda x: _divide(x, _total(x).clip(_EPSILON))),
-    "minimax2": _Method(jax.nn.sigmoid, lambda x: _divide(x, _total(x) + _EPSILON), True),
+    "minimax2": _Method(jax.nn.sigmoid, _normalized, biased=True),
 }
-_CORRECTED = " and ".join(name for name, method in _METHODS.items() if method.corrected)
+METHODS = tuple(_METHODS)
+_BIASED = " and ".join(name for name, method in _METHODS.items() if method.biased)
+_GROUPED = " or ".join(f"method={name!r}" for name, each in _METHODS.items() if each.grouped)
 
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """A router's configuration: hashable and static under `jax.jit`.
+    """The configuration of a router: hashable, and static under `jax.jit`.
 
     Attributes:
-      method: how a token's experts are selected and weighed:
+      method: how a token's experts are selected and weighted:
         * `default`: softmax over all experts, the k largest, not renormalised.
         * `renormalize`: the k largest logits, softmax over those.
         * `renormalize_naive`: `default` divided by the sum of the selected.
@@ -82,8 +89,8 @@ class Routing:
         * `sigmoid`: the k largest sigmoids, as they are.
         * `sigmoid_renorm`: `sigmoid` divided by the sum of the selected.
       top_k: experts per token, k.
-      n_group, topk_group: groups that the experts form, in order, and how many of them a token may
-        use. Only `deepseek_v3` has them.
+      n_group, topk_group: the number of groups that consecutive experts form, and the number of
+        groups that a token may use. Only for `deepseek_v3`.
       scaling_factor: multiplies the weights. Only for `deepseek_v3` and `minimax2`, as in the
         kernels.
 
@@ -107,18 +114,18 @@ class Routing:
             raise ValueError(
                 f"top_k is {self.top_k}, expected 1 for method 'llama4': 'sigmoid' takes any"
             )
-        if self.method != "deepseek_v3" and (self.n_group, self.topk_group) != (1, 1):
+        if not _METHODS[self.method].grouped and (self.n_group, self.topk_group) != (1, 1):
             raise ValueError(
                 f"n_group is {self.n_group} and topk_group is {self.topk_group}, but method "
-                f"{self.method!r} has no groups: leave both at 1, or use method='deepseek_v3'"
+                f"{self.method!r} has no groups: leave both at 1, or use {_GROUPED}"
             )
         if self.topk_group > self.n_group:
             raise ValueError(
                 f"topk_group is {self.topk_group}, expected at most n_group = {self.n_group}"
             )
-        if self.scaling_factor != 1.0 and not _METHODS[self.method].corrected:
+        if self.scaling_factor != 1.0 and not _METHODS[self.method].biased:
             raise ValueError(
-                f"scaling_factor is {self.scaling_factor}, but only {_CORRECTED} have one, not "
+                f"scaling_factor is {self.scaling_factor}, but only {_BIASED} have one, not "
                 f"method {self.method!r}: multiply the weights that route returns instead"
             )
 
@@ -129,22 +136,23 @@ def route(
     *,
     selection_bias: Float[Array, " E"] | None = None,
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
-    """Selects k experts for every token and weighs them.
+    """Returns the k experts of every token, and their weights.
 
-    Pure, jittable (`routing` static), differentiable through the weights, float32 inside. Equal
-    scores go to the lower index; -0.0 ranks below 0.0, as in the kernels.
+    A pure function, jittable with `routing` static, and differentiable through the weights. It
+    computes in float32. Of equal scores the lower index ranks first; -0.0 ranks below 0.0, as in
+    the kernels.
 
     The formulas are those of flashinfer-python@0.6.13 (RoutingCustomPolicy.cuh,
     trtllm_fused_moe_routing_{deepseek,llama4}.cu) with two corrections of 0.7.2: `deepseek_v3` adds
-    1e-20 to the sum, and weights come from the logits, not from taking the bias off again, so that
-    a bias that dwarfs them makes no NaN. Not imitated: the kernels' sigmoid is flat below about
-    -17, their weights are rounded to bfloat16, and so is the bias where there are groups.
+    1e-20 to the sum, and weights are computed from the logits, where 0.6.13 subtracts the bias from
+    the biased scores and a large bias makes NaN. Not reproduced: the kernels' sigmoid is flat below
+    about -17, and they round weights to bfloat16, and with groups the bias too.
 
     Args:
-      logits: the router's output, [T, E], bfloat16, float16 or float32. NaN is the caller's error:
-        what it selects is unspecified. -inf has probability 0, though a bias may still select it. A
-        row of nothing but -inf selects the first k without a bias, and weighs them NaN if the
-        method has a softmax, -inf if it is `topk`, otherwise 0.
+      logits: the router's output, [T, E], bfloat16, float16 or float32. With NaN the selection is
+        unspecified. -inf has probability 0, but a bias may still select it. A row of -inf alone
+        selects the first k experts if there is no bias; their weights are NaN for methods with a
+        softmax, -inf for `topk`, and 0 for the others.
       routing: the method and its parameters.
       selection_bias: DeepSeek's `e_score_correction_bias`, [E], finite, same dtypes; added to the
         scores for the selection only. None means zeros.
@@ -178,7 +186,7 @@ def select_experts(
 
 
 def check_routable(logits: Array, routing: Routing, selection_bias: Array | None) -> None:
-    """Refuses what `route` refuses."""
+    """Checks the arguments of `route`, and raises what it raises."""
     if not isinstance(routing, Routing):
         raise TypeError(f"routing is {described(routing)}, expected Routing(method, top_k, ...)")
     _check_logits(logits, routing)
@@ -187,12 +195,12 @@ def check_routable(logits: Array, routing: Routing, selection_bias: Array | None
 
 
 def check_fits(routing: Routing, experts: int, of: str) -> None:
-    """Checks a router's configuration against a number of experts.
+    """Checks that a router's configuration fits a number of experts.
 
     Args:
       routing: the configuration.
       experts: E.
-      of: what has them, for the messages.
+      of: the owner of the experts, for the messages.
 
     Raises:
       ValueError: `top_k` or the groups do not fit.
@@ -220,9 +228,9 @@ def check_fits(routing: Routing, experts: int, of: str) -> None:
 
 
 def _keep_best_groups(ranked: Float[Array, "T E"], routing: Routing) -> Float[Array, "T E"]:
-    """Gives the experts outside a token's best groups the score -inf.
+    """Returns the scores with -inf for the experts outside a token's best groups.
 
-    Not 0, as in Hugging Face's modeling_deepseek_v3.py: 0 wins where the bias is negative.
+    Hugging Face's modeling_deepseek_v3.py sets them to 0, which a negative bias lets win.
     """
     tokens, experts = ranked.shape
     size = experts // routing.n_group
@@ -249,7 +257,7 @@ def _positive(name: str, value: Any, kind: type[int] | type[float]) -> int | flo
         raise TypeError(f"{name} is {described(value)}, expected {wanted}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number above 0")
-    return kind(value)  # NumPy's own are not weakly typed in JAX
+    return kind(value)  # NumPy's scalars are not weakly typed in JAX
 
 
 def _check_dtype(name: str, array: object) -> None:
@@ -271,9 +279,9 @@ def _check_logits(logits: Array, routing: Routing) -> None:
 
 
 def _check_bias(bias: Array, routing: Routing, experts: int) -> None:
-    if not _METHODS[routing.method].corrected:
+    if not _METHODS[routing.method].biased:
         raise ValueError(
-            f"selection_bias is given, but only {_CORRECTED} take one, not method "
+            f"selection_bias is given, but only {_BIASED} take one, not method "
             f"{routing.method!r}: a router's additive bias belongs in the logits, logits + bias"
         )
     _check_dtype("selection_bias", bias)

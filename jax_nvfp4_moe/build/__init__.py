@@ -1,1 +1,1 @@
-"""Builds the modules of other packages' kernels, in processes of their own."""
+"""Builds FlashInfer's kernels as modules that the bridge calls, in separate processes."""

@@ -1,4 +1,4 @@
-"""What all builds of other packages' modules share: `build_trtllm` and `build_cute_dsl`."""
+"""The steps that `build.trtllm` and `build.cute_dsl` share: run a worker, keep its library."""
 
 import contextlib
 import dataclasses
@@ -33,12 +33,12 @@ class BuildError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """What a build made.
+    """The result of a build.
 
     Attributes:
-        module: as it is in the manifest.
-        found: the library that was there already and was copied, or None if it was compiled now.
-        seconds: how long it took.
+        module: its entry in the manifest.
+        found: the existing library that was copied, or None if the build compiled it.
+        seconds: the time that the build took.
     """
 
     module: manifest.Module
@@ -46,28 +46,28 @@ class Build:
     seconds: float
 
     def json(self) -> dict[str, Any]:
-        """As a JSON object."""
+        """Returns the build as a JSON object."""
         entry = {"name": self.module.name, **dataclasses.asdict(self.module)}
         built = {"built": self.found is None, "found": self.found, "seconds": self.seconds}
         return json.loads(json.dumps({**entry, **built}, default=str))
 
 
 def parse_archs(text: str, known: Collection[str]) -> tuple[str, ...]:
-    """What to compile for, from a list like "10.0a,10.3a", or "100a,103a" for the same.
+    """Returns the architectures in a list such as "10.0a,10.3a", also spelt "100a,103a".
 
     Args:
-        text: the list.
-        known: what may be in it.
+        text: the list, separated by commas.
+        known: the architectures that may be in it.
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: the list has another entry.
     """
     short = {each.replace(".", ""): each for each in known}
     archs = tuple(sorted({short.get(each.strip(), each.strip()) for each in text.split(",")}))
     if not set(archs) <= set(known):
         raise ValueError(
-            f"{text!r} is no comma-separated list of {', '.join(known)}, as in 10.0a,10.3a: the "
-            "kernels are for SM100 and SM103"
+            f"{text!r} is not a list of architectures, expected some of {', '.join(known)}, "
+            "separated by commas, as in 10.0a,10.3a: the kernels are for SM100 and SM103"
         )
     return archs
 
@@ -83,26 +83,27 @@ def make(
     cache: Path | None,
     progress: bool | None,
 ) -> Build:
-    """Runs a worker, keeps the library that it made, and writes that into the manifest.
+    """Runs a worker, stores its library in the cache, and adds it to the manifest.
 
     Args:
-        kind: what `build` and the manifest call the module.
-        worker: the script's file, beside this one.
-        arguments: its own.
-        workspace: the directory of the cache in which it keeps files.
-        fields: of the manifest's entry, those that are this module's own, from the worker's result.
-        python: the interpreter that runs it, by default this one.
-        cache: where everything goes, `manifest.default_cache()` if not given.
-        progress: show it on stderr; None means where that is a terminal.
+        kind: the module's name on the command line and in the manifest.
+        worker: the file name of the script, beside this module.
+        arguments: the script's arguments.
+        workspace: the directory in the cache for the script's files.
+        fields: returns the fields of the manifest's entry that depend on the kind, from the
+            worker's result.
+        python: the interpreter that runs the worker; None means this one.
+        cache: the directory for everything; None means `manifest.default_cache()`.
+        progress: whether to show progress on stderr; None means if stderr is a terminal.
 
     Raises:
-        BuildError: the worker says why.
+        BuildError: the worker failed; the message has its reason.
         OSError: a file cannot be read or written, or the interpreter cannot be run.
         ValueError: the manifest is malformed.
     """
     cache = (cache or manifest.default_cache()).absolute()
     cache.mkdir(parents=True, exist_ok=True)
-    manifest.read(cache)  # Malformed is better known now than after half an hour.
+    manifest.read(cache)  # Fails now if it is malformed, not after half an hour.
     python = (python or Path(sys.executable)).absolute()
     script = Path(__file__).with_name(worker)
     command = [str(python), str(script), *arguments, "--workspace", str(cache / workspace)]
@@ -125,10 +126,10 @@ def make(
 
 
 def run(command: list[str], log: Path, show: Callable[[Event], None]) -> Event:
-    """Runs the worker; returns its result."""
+    """Runs the worker, and returns its result."""
     with log.open("wb") as stderr:
-        # In a group of its own, which ends, ninja and all, when its stdin is closed: also if this
-        # process is killed.
+        # In its own process group. The worker ends it, ninja included, when its stdin closes, which
+        # happens even if this process is killed.
         worker = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -164,7 +165,7 @@ def run(command: list[str], log: Path, show: Callable[[Event], None]) -> Event:
 
 
 def _what_to_install() -> str:
-    """The commands: torch first, as flashinfer-python requires it, and plain torch is CUDA's."""
+    """Returns the commands: torch first, since pip would choose its CUDA build for FlashInfer."""
     extra = re.compile(r"""extra\s*==\s*["']flashinfer["']""")
     required = importlib.metadata.requires("jax_nvfp4_moe") or []
     needed = [each.partition(";")[0].strip() for each in required if extra.search(each)]
@@ -175,7 +176,7 @@ def _what_to_install() -> str:
 
 
 def _extract(log: Path) -> str:
-    """What of a log says why the build failed: from the first failure on, or else its end."""
+    """Returns the part of a log that explains a failure: from the first one on, else the end."""
     lines = [line[:_LOG_WIDTH] for line in log.read_text(errors="replace").splitlines()]
     failed = [number for number, line in enumerate(lines) if line.startswith("FAILED: ")]
     start = failed[0] if failed else max(0, len(lines) - _LOG_LINES)
@@ -183,10 +184,10 @@ def _extract(log: Path) -> str:
 
 
 def keep(library: Path, cache: Path, name: str) -> tuple[Path, str]:
-    """Copies a library into the cache; returns where it is there, and its SHA-256."""
+    """Copies a library into the cache; returns its path there and its SHA-256."""
     image = library.read_bytes()
     sha256 = hashlib.sha256(image).hexdigest()
-    # By its contents, so that no other build replaces what a process has open.
+    # Named by its contents, so that no build replaces a file that a process has open.
     path = cache / f"{name}-{sha256[:16]}" / library.name
     path.parent.mkdir(exist_ok=True)
     new = path.with_suffix(".new")
@@ -199,9 +200,9 @@ def keep(library: Path, cache: Path, name: str) -> tuple[Path, str]:
 
 
 def tvm_ffi() -> Path | None:
-    """This environment's libtvm_ffi, if FlashInfer can call it, so that a process needs one only.
+    """Returns this environment's libtvm_ffi if it suits FlashInfer, so that a process has only one.
 
-    FlashInfer requires 0.1.6 or later and less than 0.2 (flashinfer-python@0.6.13:METADATA).
+    FlashInfer requires at least 0.1.6 and less than 0.2 (flashinfer-python@0.6.13:METADATA).
     """
     spec = importlib.util.find_spec("tvm_ffi")  # Does not import it.
     if spec is None or not spec.submodule_search_locations:
@@ -219,7 +220,7 @@ def tvm_ffi() -> Path | None:
 
 @contextlib.contextmanager
 def locked(cache: Path) -> Iterator[None]:
-    """Holds the cache for this process; another build waits, and then finds what this one made."""
+    """Locks the cache for this process; another build waits, then finds this one's result."""
     with (cache / "build.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -231,7 +232,7 @@ def locked(cache: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shown(progress: bool | None) -> Iterator[Callable[[Event], None]]:
-    """A bar on stderr that is told of the worker's events; lines where stderr is no terminal."""
+    """Shows the worker's events on stderr: as a bar on a terminal, otherwise as lines."""
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     show = console.is_terminal if progress is None else progress
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

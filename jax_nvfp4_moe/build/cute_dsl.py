@@ -16,20 +16,20 @@ def build_cute_dsl(
     cache: Path | None = None,
     progress: bool | None = None,
 ) -> building.Build:
-    """Compiles FlashInfer's CuTe-DSL kernels, and writes their library into the manifest.
+    """Compiles FlashInfer's CuTe-DSL kernels, and adds their library to the manifest.
 
-    What was compiled when it was interrupted is not compiled again the next time.
+    After an interruption it continues with the kernels that are not compiled yet.
 
     Args:
-        archs: what to compile for, of `cute_dsl.ARCHS`.
-        tactics: which kernels, a key of `cute_dsl.TACTICS`.
-        python: the interpreter of an environment that has FlashInfer and nvidia-cutlass-dsl, by
-            default this one.
-        cache: where everything goes, `manifest.default_cache()` if not given.
-        progress: show it on stderr; None means where that is a terminal.
+        archs: the architectures, some of `cute_dsl.ARCHS`.
+        tactics: the kernels to compile, a key of `cute_dsl.TACTICS`.
+        python: the interpreter of an environment that has FlashInfer and nvidia-cutlass-dsl; None
+            means this one.
+        cache: the directory for everything; None means `manifest.default_cache()`.
+        progress: whether to show progress on stderr; None means if stderr is a terminal.
 
     Raises:
-        BuildError: a package or the linker is not there, not the expected one, or fails.
+        BuildError: a package or the linker is missing, has an unexpected version, or fails.
         OSError: a file cannot be read or written, or the interpreter cannot be run.
         ValueError: the manifest is malformed.
     """

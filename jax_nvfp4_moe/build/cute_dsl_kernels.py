@@ -1,10 +1,10 @@
-"""FlashInfer's CuTe-DSL grouped GEMMs as functions of tensors: for a Python that has CuTe-DSL.
+"""Compiles FlashInfer's CuTe-DSL grouped GEMMs as functions of tensors; needs CuTe-DSL.
 
-`cute_dsl_worker` imports it, with the package of FlashInfer's kernel classes; nothing else does.
-FlashInfer's own entry points take raw pointers and sizes, of which nothing can be checked. What is
-compiled here takes DLPack tensors, and CuTe-DSL generates checks of their number, types, devices,
-contiguity, alignments and shapes: sizes that have one name below must be equal, and divisible by
-what is written beside them.
+Only `cute_dsl_worker` imports this module, together with FlashInfer's kernel classes. FlashInfer's
+own entry points take raw pointers and sizes, which cannot be checked. The functions compiled here
+take DLPack tensors, and CuTe-DSL generates checks of their number, dtypes, devices, contiguity,
+alignments and shapes: sizes of the same name below must be equal, and divisible by the number
+beside them.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from cutlass.cute.runtime import (  # pyright: ignore[reportMissingImports]
 )
 from cutlass.runtime import make_fake_stream  # pyright: ignore[reportMissingImports]
 
-# Of one B200. It bounds a persistent grid and nothing else: on GPUs with fewer some blocks wait.
+# A B200's multiprocessors. They only bound the persistent grid: with fewer, some blocks wait.
 PROCESSORS = 148
 BLOCK = 16
-# What FlashInfer promises of its pointers (flashinfer-python@0.6.13 and 0.7.2.post1:fused_moe/
+# The alignments that FlashInfer guarantees (flashinfer-python@0.6.13 and 0.7.2.post1:fused_moe/
 # cute_dsl/blockscaled_contiguous_*.py); XLA's arrays are aligned to 256 bytes.
 DATA_ALIGNMENT, SCALE_ALIGNMENT = 32, 16
-# The version whose classes have no options for what they compute. Its second GEMM has another one
-# instead, for the reduction that later ones always use.
+# The version whose classes have no options for the activation and the scheme. Its second GEMM has
+# an option for the reduction that later versions always use.
 FIRST = "0.6.13"
 # `ActivationType` and constants of an `Activation` (flashinfer-python@0.7.2.post1:tllm_enums.py:
 # 63-82; no limit is float32's largest number, 106). One type is both SwiGLUs.
@@ -45,28 +45,28 @@ F32, I32, U8 = cutlass.Float32, cutlass.Int32, cutlass.Uint8
 
 
 def size(name: str, divisor: int = 1) -> Any:
-    """A size that each call gives."""
+    """Returns a size that is known only in a call."""
     return cute.sym_int64(divisibility=divisor, symbol=name)
 
 
 def tensor(dtype: Any, *shape: Any, alignment: int | None = None) -> Any:
-    """A row-major tensor that each call gives."""
+    """Returns the description of a row-major tensor argument."""
     order = tuple(reversed(range(len(shape))))
     return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=alignment)
 
 
 def data(*shape: Any) -> Any:
-    """Bytes of two codes each."""
+    """Returns the description of packed codes, two in a byte."""
     return tensor(U8, *shape, alignment=DATA_ALIGNMENT)
 
 
 def scales(*shape: Any) -> Any:
-    """Block scales, or rows of them."""
+    """Returns the description of block scales."""
     return tensor(E4M3, *shape, alignment=SCALE_ALIGNMENT)
 
 
 def pointer(tensor: Any) -> Any:
-    """The pointer to a tensor, to codes if it is of bytes; None for one that is not there."""
+    """Returns the pointer to a tensor, with bytes as E2M1 codes; None for None."""
     if tensor is None:
         return None
     iterator = tensor.iterator
@@ -74,7 +74,7 @@ def pointer(tensor: Any) -> Any:
 
 
 def compiled(function: Any, arguments: list[Any], options: str) -> Any:
-    """A function for XLA's stream, which the bridge makes TVM-FFI's."""
+    """Returns a compiled function that runs on TVM-FFI's stream, which the bridge sets to XLA's."""
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     return cute.compile(function, *arguments, stream, options=f"--enable-tvm-ffi {options}")
 
@@ -82,16 +82,16 @@ def compiled(function: Any, arguments: list[Any], options: str) -> Any:
 def gemm1(
     classes: Any, version: str, activation: str, scheme: str, tile: int, n: int, options: str
 ) -> Any:
-    """Gathers rows, multiplies by w1, applies the activation and, if "static", quantises again.
+    """Compiles GEMM1: gathers rows, multiplies by w1, activates and, if "static", requantises.
 
     Args:
-        classes: FlashInfer's package of kernels.
-        version: FlashInfer's.
-        activation: of `ACTIVATIONS`.
-        scheme: "static", or "per_token": tokens have scales of their own, bfloat16 is written.
-        tile: rows of a tile, all of one expert's.
-        n: columns of a tile.
-        options: CuTe-DSL's.
+        classes: FlashInfer's package of kernel classes.
+        version: the version of flashinfer-python.
+        activation: a key of `ACTIVATIONS`.
+        scheme: "static", or "per_token": each token has its own scale, and the output is bfloat16.
+        tile: the rows of a tile, all of one expert.
+        n: the columns of a tile.
+        options: CuTe-DSL's compile options.
 
     Returns:
         The compiled function.
@@ -199,17 +199,17 @@ def gemm2(
     cluster_n: int,
     options: str,
 ) -> Any:
-    """Multiplies by w2.
+    """Compiles GEMM2: multiplies by w2.
 
     Args:
-        classes: FlashInfer's package of kernels.
-        version: FlashInfer's.
-        what: "finalize": each row is added, weighted, to its token's; "rows": each is a slot's own.
-        scheme: "static", or "per_token": rows have scales of their own.
-        tile: rows of a tile, all of one expert's.
-        n: columns of a tile.
-        cluster_n: neighbouring tiles of columns that share what they read.
-        options: CuTe-DSL's.
+        classes: FlashInfer's package of kernel classes.
+        version: the version of flashinfer-python.
+        what: "finalize" adds each weighted row to its token's; "rows" writes a row for each slot.
+        scheme: "static", or "per_token", where each row has its own scale.
+        tile: the rows of a tile, all of one expert.
+        n: the columns of a tile.
+        cluster_n: the number of neighbouring tiles of columns that share what they read.
+        options: CuTe-DSL's compile options.
 
     Returns:
         The compiled function.

@@ -1,11 +1,11 @@
-"""FlashInfer's CuTe-DSL grouped GEMM of bfloat16 rows and NVFP4 weights, as functions of tensors.
+"""Compiles FlashInfer's CuTe-DSL grouped GEMM of bfloat16 rows and NVFP4 weights.
 
-Beside `cute_dsl_kernels`, by the same rules, for a class that has another order of operands: it
-computes rows of weights times columns of tokens, so that its M are the weights' rows. It decodes
-weights to bfloat16, which is exact, sums in float32, multiplies by alpha, and rounds once: after
-the activation, if there is one. Rows come sorted, and go so: nobody gathers or adds here.
-(flashinfer-python@0.7.2.post1:fused_moe/cute_dsl/blackwell/moe_w4a16_kernel.py, and moe_w4a16.py
-for how it is called.)
+The functions take tensors and check them, as in `cute_dsl_kernels`. The kernel computes weights
+[rows, K] times tokens [K, columns], so that its M is the number of weight rows. It decodes weights
+to bfloat16, which is exact, accumulates in float32, multiplies by alpha, and rounds once, after the
+activation if there is one. Its rows are sorted, in and out: it neither gathers nor adds.
+(flashinfer-python@0.7.2.post1:fused_moe/cute_dsl/blackwell/moe_w4a16_kernel.py; moe_w4a16.py calls
+it.)
 """
 
 from typing import Any
@@ -28,31 +28,31 @@ from cute_dsl_kernels import (  # pyright: ignore[reportMissingImports]
 )
 from cutlass import cute  # pyright: ignore[reportMissingImports]
 
-# Of weights' rows, sorted tokens and K; and neighbours that work together. FlashInfer's own where
-# nothing was tuned (moe_w4a16.py:41-46).
+# Tile sizes of weight rows, sorted tokens and K, and the cluster of tiles that work together:
+# FlashInfer's for layers that were not tuned (moe_w4a16.py:41-46).
 TILES, CLUSTER = (256, 128, 256), (2, 1)
-# The class is told how many experts there are, and uses it as the extent of the weights and of
-# alpha, and as what no tile's expert is (moe_w4a16_kernel.py:615,648,1328; a tile is one if its
-# expert is less, nvidia-cutlass-dsl@4.8.1:cutlass/utils/mixed_input_helpers.py:933). Nothing is
-# read of experts that no tile has, so that one binary serves all numbers up to this.
+# The class takes the number of experts, and uses it as the extent of the weights and of alpha, and
+# as the expert of tiles that do not exist (moe_w4a16_kernel.py:615,648,1328; a tile exists if its
+# expert is less, nvidia-cutlass-dsl@4.8.1:cutlass/utils/mixed_input_helpers.py:933). It reads only
+# experts that a tile names, so that one binary serves all numbers of experts up to this one.
 EXPERTS = 4096
 
 
 def launcher(file: Any, activation: dict[str, Any], **options: Any) -> Any:
-    """A function that launches a kernel, for tensors in the order of the class and a stream.
+    """Returns a function that launches a kernel, given tensors in the class's order and a stream.
 
     Args:
-        file: FlashInfer's module of the class.
-        activation: the class's options for it; constants that are not among them are its defaults.
-        **options: the class's.
+        file: FlashInfer's module that has the class.
+        activation: the class's options for the activation; the others keep their defaults.
+        **options: further options of the class.
     """
     constants = {
         "swiglu_alpha": file.DEFAULT_SWIGLU_ALPHA,
         "swiglu_beta": file.DEFAULT_SWIGLU_BETA,
         "swiglu_limit": file.DEFAULT_SWIGLU_LIMIT,
     }
-    # The dynamic scheduler, which FlashInfer takes for many tiles (moe_w4a16.py:273-275), visits
-    # the same tiles in another order.
+    # FlashInfer uses the dynamic scheduler for many tiles (moe_w4a16.py:273-275). It visits the
+    # same tiles in another order.
     kernel = file.Sm100W4A16GroupedGemmKernel(
         acc_dtype=F32,
         use_2cta_instrs=True,
@@ -73,11 +73,11 @@ def launcher(file: Any, activation: dict[str, Any], **options: Any) -> Any:
         weights, _, rows, *_ = operands
         kernel.wrapper(
             *map(pointer, operands),
-            *(None, None),  # slots and weights, if it added
+            *(None, None),  # slots and weights, for the addition only
             cutlass.Int64(weights.shape[1]),
             cutlass.Int64(rows.shape[0]),
             cutlass.Int64(rows.shape[1]),
-            *(cutlass.Int64(0), 0),  # likewise tokens and top_k
+            *(cutlass.Int64(0), 0),  # tokens and top_k, likewise
             PROCESSORS // CLUSTER[0],
             stream,
         )
@@ -86,7 +86,7 @@ def launcher(file: Any, activation: dict[str, Any], **options: Any) -> Any:
 
 
 def operands(k: Any, half_k: Any, blocks: Any, columns: Any, written: Any) -> list[Any]:
-    """What either is given, in order, of sizes: K, K/2, K/16, the weights' rows, the results'."""
+    """Returns either GEMM's operands, given K, K/2, K/16, the weight rows and result columns."""
     experts, rows, tiles = size("E"), size("M", TILES[1]), size("tiles")
     return [
         tensor(BF16, rows, k, alignment=DATA_ALIGNMENT),
@@ -101,21 +101,21 @@ def operands(k: Any, half_k: Any, blocks: Any, columns: Any, written: Any) -> li
 
 
 def gemm1(file: Any, activation: str, options: str) -> Any:
-    """Multiplies sorted rows by w1 and applies the activation.
+    """Compiles GEMM1: multiplies sorted rows by w1 and applies the activation.
 
     Args:
-        file: FlashInfer's module of the class.
-        activation: of `ACTIVATIONS`.
-        options: CuTe-DSL's.
+        file: FlashInfer's module that has the class.
+        activation: a key of `ACTIVATIONS`.
+        options: CuTe-DSL's compile options.
 
     Returns:
         The compiled function.
     """
     gated = activation != "relu2"
     constants = {key: value for key, value in ACTIVATIONS[activation].items() if key != "gated"}
-    # Decoded at a time: as FlashInfer has it for a first GEMM (moe_w4a16.py:137-139). The layout's
-    # rows of w1 may end within a cluster of tiles, so that rows are compared with their end
-    # (moe_w4a16_kernel.py:2337-2342); those of w2 are whole clusters.
+    # FlashInfer decodes fragments of this size in the first GEMM (moe_w4a16.py:137-139). The
+    # layout's rows of w1 may end within a cluster of tiles, so that the kernel compares rows with
+    # their end (moe_w4a16_kernel.py:2337-2342). The rows of w2 are whole clusters.
     launch = launcher(file, constants, transform_fragment_size=128, m_cluster_aligned=False)
 
     @cute.jit
@@ -134,16 +134,16 @@ def gemm1(file: Any, activation: str, options: str) -> Any:
 
 
 def gemm2(file: Any, options: str) -> Any:
-    """Multiplies sorted rows by w2.
+    """Compiles GEMM2: multiplies sorted rows by w2.
 
     Args:
-        file: FlashInfer's module of the class.
-        options: CuTe-DSL's.
+        file: FlashInfer's module that has the class.
+        options: CuTe-DSL's compile options.
 
     Returns:
         The compiled function.
     """
-    # FlashInfer decodes 128 at a time if I is 256, which changes no value.
+    # FlashInfer uses fragments of 128 if I is 256, which changes no value.
     no_activation = {"activation_type": None}
     launch = launcher(file, no_activation, transform_fragment_size=32, m_cluster_aligned=True)
 

@@ -1,7 +1,7 @@
-"""Compiles FlashInfer's CuTe-DSL kernels: a script for a Python that has it and CuTe-DSL.
+"""Compiles FlashInfer's CuTe-DSL kernels: a script for a Python that has FlashInfer and CuTe-DSL.
 
-`build_cute_dsl` runs it in a process of its own since CuTe-DSL imports torch. No GPU, driver or
-CUDA toolkit is needed. `worker` says how it tells of itself.
+`build_cute_dsl` runs it in a separate process since CuTe-DSL imports torch. It needs no GPU, driver
+or CUDA toolkit. `worker` documents what it prints.
 """
 
 import argparse
@@ -31,7 +31,7 @@ KERNELS = Path(__file__).resolve().with_name("cute_dsl_kernels.py")
 W4A16 = KERNELS.with_name("cute_dsl_w4a16.py")
 LIBRARY = "cute_dsl_moe.so"
 CLASSES = "flashinfer.fused_moe.cute_dsl.blackwell"
-# Packages that are entered without being run.
+# Packages whose __init__.py is not run.
 UNOPENED = (
     "flashinfer",
     "flashinfer.fused_moe",
@@ -40,7 +40,7 @@ UNOPENED = (
     "flashinfer.jit",
     "flashinfer.quantization",
 )
-# As `cute_dsl` makes them.
+# The names that `bridge.cute_dsl` makes.
 NAME = re.compile(
     r"gemm([12])_(\w+)_(static|per_token|none)_t(\d+)(?:_n(\d+))?(?:_c(\d+))?_sm(\d+a)"
 )
@@ -49,14 +49,16 @@ NAME = re.compile(
 def main() -> None:
     """Runs the command that `build_cute_dsl` gives."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--functions", required=True, help="JSON: names, by FlashInfer's version")
+    parser.add_argument(
+        "--functions", required=True, help="JSON: the functions' names for each version"
+    )
     parser.add_argument("--workspace", type=Path, required=True)
     args = parser.parse_args()
     run(lambda tell: make(json.loads(args.functions), args.workspace, tell))
 
 
 def make(functions: dict[str, list[str]], workspace: Path, tell: Tell) -> dict[str, Any]:
-    """The library, and what the manifest wants to know of it."""
+    """Compiles and links the library; returns the facts for the manifest."""
     begun = time.monotonic()
     found = versions((*REQUIRED, "torch"), required=REQUIRED)
     check_version(found["flashinfer-python"], list(functions))
@@ -91,10 +93,10 @@ def make(functions: dict[str, list[str]], workspace: Path, tell: Tell) -> dict[s
 
 
 def check_version(version: str, known: list[str]) -> None:
-    """Refuses versions whose classes may have other signatures.
+    """Checks that the version is one whose classes have known signatures.
 
     Raises:
-        Failure: this is one.
+        Failure: it is not.
     """
     if version not in known:
         raise Failure(
@@ -104,24 +106,24 @@ def check_version(version: str, known: list[str]) -> None:
 
 
 def key(name: str, found: dict[str, str]) -> str:
-    """What an object is kept by: it is another if anything that it is made of is."""
+    """Returns the key of a stored object, which depends on everything that it is made from."""
     parts = [name, found["flashinfer-python"], found["nvidia-cutlass-dsl"], host()]
     parts += [Path(file).read_text("utf-8") for file in (__file__, KERNELS, W4A16)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def host() -> str:
-    """This processor's instructions, for which CuTe-DSL compiles what launches kernels."""
+    """Returns this processor's instruction sets: CuTe-DSL compiles the launching code for them."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def import_kernels(workspace: Path) -> tuple[ModuleType, ModuleType]:
-    """Ours, and FlashInfer's package of kernel classes.
+    """Returns `cute_dsl_kernels`, and FlashInfer's package of kernel classes.
 
-    The latter without what packages above and beside it do when they are imported, which needs
-    much that is not needed here, triton for one. 0.7.2's classes import enumerations and helpers
-    from there, and what those import writes into FlashInfer's workspace.
+    The packages above and beside the latter are not run, since they import much that is not needed
+    here, such as triton. 0.7.2's classes import enumerations and helpers from them, which write
+    into FlashInfer's workspace.
     """
     os.environ["FLASHINFER_WORKSPACE_BASE"] = str(workspace)
     root = package("flashinfer")
@@ -130,13 +132,13 @@ def import_kernels(workspace: Path) -> tuple[ModuleType, ModuleType]:
         module.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
     file = root.joinpath(*CLASSES.split(".")[1:], "__init__.py")
     if not file.is_file():
-        raise Failure(f"{file}, FlashInfer's CuTe-DSL kernels, is not there", "install")
+        raise Failure(f"{file}, FlashInfer's CuTe-DSL kernels, is missing", "install")
     classes = importlib.import_module(CLASSES)
     return load(KERNELS), classes
 
 
 def load(file: Path) -> ModuleType:
-    """A module by its path, which others then import by its name alone."""
+    """Loads a module from its path, so that other modules can import it by its bare name."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None, file
     sys.modules[file.stem] = module = importlib.util.module_from_spec(spec)
@@ -146,7 +148,7 @@ def load(file: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def scratch(workspace: Path) -> Iterator[Path]:
-    """An empty directory; what a killed build left in it is gone. Only one build runs at a time."""
+    """Yields an empty directory, emptied if a killed build left files; one build runs at a time."""
     directory = workspace / "new"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
@@ -155,7 +157,7 @@ def scratch(workspace: Path) -> Iterator[Path]:
 
 
 def compile_one(kernels: Any, classes: ModuleType, version: str, name: str, path: Path) -> None:
-    """Compiles one function, and keeps its object and, to be looked at, its PTX."""
+    """Compiles one function, and stores its object and, for inspection, its PTX."""
     match = NAME.fullmatch(name)
     assert match is not None, name
     gemm, what, scheme, tile, n, cluster_n, arch = match.groups()
@@ -163,7 +165,7 @@ def compile_one(kernels: Any, classes: ModuleType, version: str, name: str, path
     with scratch(path.parents[1]) as new:
         options = f"--gpu-arch sm_{arch} --keep-ptx --dump-dir={new}"
         if scheme == "none":
-            # The package of classes does not have this one.
+            # The package does not import this class.
             file = importlib.import_module(f"{CLASSES}.moe_w4a16_kernel")
             own = load(W4A16)
             compiled = own.gemm1(file, what, options) if gemm == "1" else own.gemm2(file, options)
@@ -180,7 +182,7 @@ def compile_one(kernels: Any, classes: ModuleType, version: str, name: str, path
 
 
 def find_runtime() -> Path:
-    """libcute_dsl_runtime.so, which the objects call.
+    """Returns the path of libcute_dsl_runtime.so, which the objects call.
 
     Raises:
         Failure: CuTe-DSL does not find it.
@@ -193,14 +195,15 @@ def find_runtime() -> Path:
 
 
 def link(objects: list[Path], runtime: Path, tvm_ffi: Path, cudart: str, library: Path) -> None:
-    """Links the objects with what they call, found where it is now.
+    """Links the objects with the libraries that they call, by their present paths.
 
-    The CUDA runtime is not for them, libcute_dsl_runtime.so has one in itself, but for the bridge,
-    which sets the device and loads kernels through the one that a module is linked to
-    (ffi/modules.h). A stand-in is enough to link to: the process has JAX's.
+    The library also names libcudart, not for the objects (libcute_dsl_runtime.so contains its own)
+    but for the bridge, which sets the device and loads kernels through the CUDA runtime that a
+    module is linked to (ffi/modules.h). An empty stand-in suffices for linking: at run time the
+    process has JAX's.
 
     Raises:
-        Failure: there is no linker, or it fails.
+        Failure: the linker is missing or fails.
     """
     compiler = os.environ.get("CXX", "c++")
     name = f"libcudart.so.{cudart}"

@@ -17,19 +17,19 @@ def build_trtllm(
     cache: Path | None = None,
     progress: bool | None = None,
 ) -> building.Build:
-    """Finds or compiles FlashInfer's TRTLLM-Gen MoE module, and writes it into the manifest.
+    """Finds or compiles FlashInfer's TRTLLM-Gen MoE module, and adds it to the manifest.
 
-    What was compiled when it was interrupted is not compiled again the next time.
+    After an interruption it continues with the files that are not compiled yet.
 
     Args:
-        archs: what to compile for, of `ARCHS`.
-        python: the interpreter of an environment that has FlashInfer, by default this one.
-        jobs: how many compilers may run at a time, by default as many as there are processors.
-        cache: where everything goes, `manifest.default_cache()` if not given.
-        progress: show it on stderr; None means where that is a terminal.
+        archs: the architectures, some of `ARCHS`.
+        python: the interpreter of an environment that has FlashInfer; None means this one.
+        jobs: the number of compilers that run at a time; None means the number of processors.
+        cache: the directory for everything; None means `manifest.default_cache()`.
+        progress: whether to show progress on stderr; None means if stderr is a terminal.
 
     Raises:
-        BuildError: FlashInfer or a compiler is not there, not the expected one, or fails.
+        BuildError: FlashInfer or a compiler is missing, has an unexpected version, or fails.
         OSError: a file cannot be read or written, or the interpreter cannot be run.
         ValueError: the manifest is malformed.
     """

@@ -1,7 +1,7 @@
 """Finds or compiles FlashInfer's TRTLLM-Gen MoE module: a script for a Python that has FlashInfer.
 
-`build_trtllm` runs it in a process of its own since FlashInfer's Python imports torch: it needs the
-standard library and FlashInfer. `worker` says how it tells of itself.
+`build_trtllm` runs it in a separate process since FlashInfer's Python imports torch. It needs only
+the standard library and FlashInfer. `worker` documents what it prints.
 """
 
 import argparse
@@ -31,14 +31,14 @@ else:
     from jax_nvfp4_moe.build.worker import versions as installed
 
 FUNCTION = "trtllm_fp4_block_scale_moe"
-# In a module that the bridge can call (ffi/modules.cc), each with the NUL that ends it.
+# Strings in every module that the bridge can call (ffi/modules.cc), each followed by a NUL.
 WANTED = (
     f"__tvm_ffi_{FUNCTION}",
     "FlashInferSetCubinCallback",
     "FlashInferSetCurrentCubin",
-    "libcuda.so.1",  # Linked to it: JAX opens the driver for itself alone.
+    "libcuda.so.1",  # The module must link to it, as JAX opens the driver privately.
 )
-# The versions whose kernels' images are on PyPI; FlashInfer downloads others' by itself.
+# The versions whose kernel images are on PyPI; FlashInfer downloads those of others itself.
 CUBINS_ON_PYPI = ("0.6.13",)
 DISTRIBUTIONS = (
     "flashinfer-python",
@@ -47,7 +47,7 @@ DISTRIBUTIONS = (
     "apache-tvm-ffi",
     "torch",
 )
-# What a toolkit is taken for complete by: of the rest, FlashInfer brings what it needs.
+# A toolkit with these files is taken to be complete; FlashInfer brings the rest.
 TOOLKIT = (
     "bin/nvcc",
     "include/cuda_runtime.h",
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def make(known: list[str], archs: list[str], workspace: Path, jobs: int, tell: Tell) -> dict:
-    """The module, found or compiled, and what the manifest wants to know of it."""
+    """Finds or compiles the module; returns the facts for the manifest."""
     begun = time.monotonic()
     versions = check_versions(known)
     toolkit, lacks = find_toolkit()
@@ -109,10 +109,10 @@ def make(known: list[str], archs: list[str], workspace: Path, jobs: int, tell: T
 
 
 def check_versions(known: list[str]) -> dict[str, str]:
-    """The versions of what is read here.
+    """Returns the versions of the installed distributions.
 
     Raises:
-        Failure: they do not fit.
+        Failure: they do not fit each other, or are unknown.
     """
     found = installed(DISTRIBUTIONS, required=("flashinfer-python", "torch", "apache-tvm-ffi"))
     version, cubin = found["flashinfer-python"], found.get("flashinfer-cubin")
@@ -122,21 +122,22 @@ def check_versions(known: list[str]) -> dict[str, str]:
             f"{', '.join(known)}: the arguments of {FUNCTION} differ between versions"
         )
     if cubin not in (version, None) or (cubin is None and version in CUBINS_ON_PYPI):
+        has = f"flashinfer-cubin {cubin}" if cubin else "no flashinfer-cubin"
         source = (
             f"pip install flashinfer-cubin=={version}"
             if version in CUBINS_ON_PYPI
-            else "it is not on PyPI, and without it FlashInfer downloads what is in it: "
+            else "that version is not on PyPI; without the package FlashInfer downloads its files: "
             "pip uninstall flashinfer-cubin"
         )
         raise Failure(
-            f"{sys.executable} has flashinfer-cubin {cubin or 'not at all'}, expected {version} "
-            f"as flashinfer-python: {source}"
+            f"{sys.executable} has {has}, expected {version}, the version of flashinfer-python: "
+            f"{source}"
         )
     return found
 
 
 def find_toolkit() -> tuple[Path | None, str]:
-    """A complete CUDA toolkit, or None and what those that were found lack."""
+    """Returns a complete CUDA toolkit, or None and what the incomplete ones lack."""
     nvcc = shutil.which("nvcc")
     wheels = importlib.util.find_spec("nvidia")
     candidates = [
@@ -159,30 +160,30 @@ def find_toolkit() -> tuple[Path | None, str]:
 def set_environment(
     archs: list[str], workspace: Path, jobs: int, toolkit: Path | None, own_base: Path
 ) -> None:
-    """What FlashInfer reads when it is imported, and what it hands on to ninja and compilers."""
+    """Sets the variables that FlashInfer, ninja and the compilers read."""
     os.environ["FLASHINFER_CUDA_ARCH_LIST"] = " ".join(archs)
-    # Of ours: FlashInfer's own cache stays as it is, linked as FlashInfer alone would.
+    # Our own workspace: the modules in FlashInfer's cache are linked with FlashInfer's flags.
     os.environ["FLASHINFER_WORKSPACE_BASE"] = str(workspace)
     os.environ["MAX_JOBS"] = str(jobs)
     os.environ["NINJA_STATUS"] = "[%f/%t] "
     os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "warning")
-    # Where ninja is, also in an environment that was not activated.
+    # So that ninja is found in an environment that was not activated.
     path = os.environ.get("PATH", os.defpath)
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), path])
     if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit)
     if importlib.util.find_spec("flashinfer_cubin") is not None:
         os.environ["FLASHINFER_NO_DOWNLOAD"] = "1"
-    else:  # Images are the same for all: where FlashInfer itself would put them.
+    else:  # Images do not depend on the flags, so they stay where FlashInfer puts them.
         cubins = own_base / ".cache" / "flashinfer" / "cubins"
         os.environ.setdefault("FLASHINFER_CUBIN_DIR", str(cubins))
 
 
 def check_images(tell: Tell) -> None:
-    """Makes sure that all images are there and intact; FlashInfer downloads them if it may.
+    """Checks that all kernel images are present and intact; FlashInfer downloads them if allowed.
 
     Raises:
-        Failure: one is not.
+        Failure: one is missing or damaged.
     """
     artifacts = importlib.import_module("flashinfer.artifacts")
     loader = importlib.import_module("flashinfer.jit.cubin_loader")
@@ -191,11 +192,11 @@ def check_images(tell: Tell) -> None:
     def get(name: str, sha256: str) -> bytes:
         try:
             data = loader.get_artifact(f"{directory}/{name}", sha256)
-        except RuntimeError as error:  # It is not there, and must not be downloaded.
+        except RuntimeError as error:  # It is missing, and downloads are forbidden.
             raise Failure(str(error)) from None
         if not data:
             raise Failure(
-                f"{directory}/{name} with the SHA-256 {sha256}, for the kernels, is not there and "
+                f"the kernel image {directory}/{name} with the SHA-256 {sha256} is missing, and "
                 "could not be downloaded",
                 "log",
             )
@@ -221,10 +222,10 @@ def check_images(tell: Tell) -> None:
 def find(
     spec: Any, env: Any, archs: list[str], own_base: Path, toolkit: Path | None
 ) -> tuple[Path, list[str]] | None:
-    """A module that FlashInfer has already, compiled for all that was asked for, and for what."""
+    """Returns an existing module that has all architectures, and its architectures, or None."""
     for library, compiled in candidates(spec, env, own_base, toolkit):
         if compiled is None:
-            print(f"{library}: cannot tell what it is compiled for without cuobjdump")
+            print(f"{library}: its architectures are unknown without cuobjdump")
         elif not compiled.issuperset(archs):
             print(f"{library} is compiled for {', '.join(sorted(compiled))}")
         elif absent := lacking(library):
@@ -237,16 +238,16 @@ def find(
 def candidates(
     spec: Any, env: Any, own_base: Path, toolkit: Path | None
 ) -> Iterator[tuple[Path, set[str] | None]]:
-    """Compiled modules, and what each is compiled for if that can be known."""
+    """Yields compiled modules with their architectures, or None if they are unknown."""
     # flashinfer-jit-cache, or the package itself: flashinfer-python@0.6.13:jit/core.py:255-261,
-    # @0.7.2.post1:jit/core.py:491-501. Only the latter tells for which GPUs, and not always.
+    # @0.7.2.post1:jit/core.py:491-501. Only the latter names architectures, and not always.
     if hasattr(spec, "aot_artifacts"):
         prebuilt = [(each.path, each.cuda_architectures) for each in spec.aot_artifacts]
     else:
         prebuilt = [(spec.aot_path, None)] if spec.is_aot else []
     for library, named in prebuilt:
         yield library, listed_images(library, toolkit) if named is None else spelled(named)
-    # What FlashInfer compiled at run time. In our workspace ninja itself looks.
+    # Modules that FlashInfer compiled at run time. ninja itself checks our own workspace.
     place = spec.jit_library_path.relative_to(env.FLASHINFER_WORKSPACE_DIR)
     versions = env.FLASHINFER_WORKSPACE_DIR.relative_to(env.FLASHINFER_BASE_DIR).parent
     for library in sorted((own_base / versions).glob(f"*/{place}")):
@@ -256,7 +257,7 @@ def candidates(
 
 
 def listed_images(library: Path, toolkit: Path | None) -> set[str] | None:
-    """What a library is compiled for, as cuobjdump says; None where there is no cuobjdump."""
+    """Returns a library's architectures by cuobjdump, or None if there is no cuobjdump."""
     beside = toolkit / "bin" / "cuobjdump" if toolkit is not None else None
     command = str(beside) if beside and beside.exists() else shutil.which("cuobjdump")
     if command is None:
@@ -268,13 +269,13 @@ def listed_images(library: Path, toolkit: Path | None) -> set[str] | None:
 
 
 def spelled(names: Any) -> set[str]:
-    """Architectures as FLASHINFER_CUDA_ARCH_LIST has them: "10.0a" for "sm_100a" and "sm100a"."""
+    """Returns FLASHINFER_CUDA_ARCH_LIST's spelling: "10.0a" for "sm_100a" and "sm100a"."""
     found = [re.fullmatch(r"sm_?(\d+)(\d[af]?)", name) for name in names]
     return {f"{match[1]}.{match[2]}" for match in found if match}
 
 
 def up_to_date(directory: Path, toolkit: Path | None) -> bool:
-    """Whether ninja would leave a directory of FlashInfer's as it is, with the same toolkit."""
+    """Whether ninja has nothing to do in a directory of FlashInfer's, with the same toolkit."""
     file = directory / "build.ninja"
     if not file.exists():
         return False
@@ -287,15 +288,15 @@ def up_to_date(directory: Path, toolkit: Path | None) -> bool:
 
 
 def lacking(library: Path) -> list[str]:
-    """What the bridge wants in a module and is not in this one."""
+    """Returns the strings that the bridge needs and the library lacks."""
     image = library.read_bytes()
     if not image.startswith(b"\x7fELF"):
-        return ["the form of a library"]
+        return ["an ELF header"]
     return [name for name in WANTED if name.encode() + b"\0" not in image]
 
 
 def cudart(library: Path) -> dict[str, str]:
-    """Which CUDA runtime it is linked to: JAX's has to be the same."""
+    """Returns the CUDA runtime that a library is linked to; JAX's must be the same."""
     name = re.search(rb"(libcudart\.so\.(\d+))\0", library.read_bytes())
     return {"libcudart": name[2].decode()} if name else {}
 
@@ -304,7 +305,7 @@ def cudart(library: Path) -> dict[str, str]:
 
 
 def nvcc_version(toolkit: Path) -> str:
-    """The compiler's version."""
+    """Returns nvcc's version."""
     done = subprocess.run(
         [str(toolkit / "bin" / "nvcc"), "--version"], capture_output=True, text=True, check=True
     )
@@ -313,10 +314,10 @@ def nvcc_version(toolkit: Path) -> str:
 
 
 def add_fallback_libraries(toolkit: Path, directory: Path) -> None:
-    """Has the linker find what -lcudart and -lcuda mean where a toolkit has no names for them.
+    """Provides libcudart.so and libcuda.so for the linker where a toolkit has no such names.
 
-    FlashInfer looks in lib64 and lib64/stubs (jit/cpp_ext.py), which PyPI's wheels lack, and no
-    wheel has a libcuda.so: that comes with the driver. Those directories, if there, come first.
+    FlashInfer looks in lib64 and lib64/stubs (jit/cpp_ext.py), which PyPI's wheels lack. No wheel
+    has libcuda.so, which comes with the driver. FlashInfer's directories come first if they exist.
 
     Raises:
         Failure: there is no libcudart, or no C++ compiler.
@@ -325,7 +326,7 @@ def add_fallback_libraries(toolkit: Path, directory: Path) -> None:
     folders = ("lib64", "lib", "targets/*/lib")
     found = [each for folder in folders for each in toolkit.glob(f"{folder}/libcudart.so*")]
     if not found:
-        raise Failure(f"{toolkit} has no libcudart.so, in lib64 or in lib", "install")
+        raise Failure(f"{toolkit} has no libcudart.so in lib64 or lib", "install")
     link = directory / "libcudart.so"
     link.unlink(missing_ok=True)
     link.symlink_to(min(found, key=lambda path: len(path.name)).resolve())
@@ -336,21 +337,20 @@ def add_fallback_libraries(toolkit: Path, directory: Path) -> None:
         subprocess.run([*command, "-o", str(stub)], check=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         raise Failure(f"{compiler} cannot link a library: {error}", "log") from None
-    # Compilers that link only to what is used would leave out what is empty.
+    # Some compilers link only to used libraries by default, and would leave the stub out.
     flags = [os.environ.get("FLASHINFER_EXTRA_LDFLAGS", ""), shlex.quote(f"-L{directory}")]
     os.environ["FLASHINFER_EXTRA_LDFLAGS"] = " ".join([*flags, "-Wl,--no-as-needed", "-lcuda"])
 
 
 def compile_module(spec: Any, tell: Tell) -> int:
-    """Has FlashInfer compile its module where it was not yet; returns how many steps that took."""
+    """Compiles FlashInfer's module as far as needed; returns the number of ninja's steps."""
     read, write = os.pipe()
     steps: list[str] = []
     follower = threading.Thread(target=follow, args=(read, steps, tell))
     follower.start()
-    os.dup2(write, 1)  # Of which ninja inherits it.
+    os.dup2(write, 1)  # ninja inherits it.
     os.close(write)
-    # When the group is told to end, ninja ends the compilers and removes what is half written: this
-    # waits for it.
+    # On SIGTERM to the group, ninja ends the compilers and removes partial files: wait for it.
     default = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         spec.build(verbose=True, need_lock=True)
@@ -365,7 +365,7 @@ def compile_module(spec: Any, tell: Tell) -> int:
 
 
 def follow(read: int, steps: list[str], tell: Tell) -> None:
-    """Hands on what ninja prints, and tells how far it is."""
+    """Copies ninja's output to stderr, and reports its progress."""
     with os.fdopen(read, errors="replace") as lines:
         for line in lines:
             print(line, end="", file=sys.stderr, flush=True)

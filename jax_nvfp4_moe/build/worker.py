@@ -1,9 +1,10 @@
-"""What scripts that `build` runs have in common: how they tell of themselves, and how they end.
+"""The protocol of the scripts that `build` runs.
 
-Each runs by its path, in a process of its own and maybe in another environment, without JAX. On
-stdout it writes JSON objects, one a line: {"stage": text}, {"done": n, "of": m}, and at the end
-{"result": ...} or {"error": text, "hint": "install", "log" or null}. All else goes to stderr, what
-compilers say included. It ends when its stdin does, and all that it started with it.
+A script runs by its path, in a separate process and perhaps in another environment, without JAX. It
+writes JSON objects to stdout, one a line: {"stage": text}, {"done": n, "of": m}, and at the end
+{"result": ...} or {"error": text, "hint": "install", "log" or null}. Everything else goes to
+stderr, compilers' output included. When its stdin closes, it ends, with all processes that it
+started.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ Tell = Callable[..., None]
 
 
 class Failure(Exception):
-    """What ends the build, in words for the user; the hint says what to show with it."""
+    """The reason why a build failed, for the user; the hint says what else to show."""
 
     def __init__(self, text: str, hint: str | None = None) -> None:
         super().__init__(text)
@@ -32,8 +33,8 @@ class Failure(Exception):
 
 
 def run(make: Callable[[Tell], dict[str, Any]]) -> None:
-    """Tells of what `make` does, and of what it returns or raises."""
-    # The script's directory has a flashinfer.py.
+    """Runs `make`, and writes its events and its result or error to stdout."""
+    # The modules of the script's directory must not hide packages of the same name.
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
 
@@ -55,21 +56,21 @@ def run(make: Callable[[Tell], dict[str, Any]]) -> None:
 
 
 def end_with_stdin() -> None:
-    """Ends this process and those that it started when whoever started it is gone or says so."""
+    """Ends this process and those that it started when stdin closes."""
     while os.read(0, 1 << 16):
         pass
     if os.getpgrp() == os.getpid():
-        for _ in range(20):  # Until none is left to be told, this one included.
+        for _ in range(20):  # Until the signal ends this process too.
             os.killpg(0, signal.SIGTERM)
             time.sleep(0.5)
         os.killpg(0, signal.SIGKILL)
 
 
 def versions(names: Iterable[str], required: Iterable[str]) -> dict[str, str]:
-    """The versions of distributions, of those that are there.
+    """Returns the versions of the distributions that are installed.
 
     Raises:
-        Failure: one that is required is not.
+        Failure: a required one is missing.
     """
     found = {}
     for name in names:
@@ -81,7 +82,7 @@ def versions(names: Iterable[str], required: Iterable[str]) -> dict[str, str]:
 
 
 def package(name: str) -> Path:
-    """The directory of an installed package."""
+    """Returns the directory of an installed package."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise Failure(f"{sys.executable} has no package {name}", "install")

@@ -261,7 +261,9 @@ def test_beside_the_other_module(fake):
 def test_archs(fake, arch):
     code, out, err = run("--python", fake.python, "--arch", arch)
     assert (code, out) == (2, "")
-    assert f"'{arch}' is no comma-separated list of 10.0a, 10.3a" in " ".join(err.split())
+    assert f"'{arch}' is not a list of architectures, expected some of 10.0a, 10.3a" in " ".join(
+        err.split()
+    )
     assert not fake.cache.exists()
 
 
@@ -375,7 +377,7 @@ def test_kernels_that_are_not_where_they_were(fake):
     shutil.rmtree(fake.site / "flashinfer/fused_moe")
     code, _, err = run("--python", fake.python)
     assert code == 1
-    assert "blackwell/__init__.py, FlashInfer's CuTe-DSL kernels, is not there. Install" in err
+    assert "blackwell/__init__.py, FlashInfer's CuTe-DSL kernels, is missing. Install" in err
 
 
 # ------------------------------------------------------------------------------ the real packages

@@ -174,7 +174,10 @@ def test_the_linker_is_not_there(fake, monkeypatch):
 def test_archs(fake, arch):
     code, out, err = run("--python", fake.python, "--arch", arch)
     assert (code, out) == (2, "")
-    assert f"'{arch}' is no comma-separated list of 10.0a, 10.0f, 10.3a" in " ".join(err.split())
+    assert (
+        f"'{arch}' is not a list of architectures, expected some of 10.0a, 10.0f, 10.3a"
+        in " ".join(err.split())
+    )
     assert not fake.cache.exists()
 
 
@@ -225,9 +228,17 @@ def test_unknown_versions(fake):
 @pytest.mark.parametrize(
     ("version", "cubin", "said"),
     [
-        ("0.6.13", "0.6.12", "0.6.12, expected 0.6.13 .*: pip install flashinfer-cubin==0.6.13"),
-        ("0.6.13", None, "not at all, expected 0.6.13 .*: pip install flashinfer-cubin==0.6.13"),
-        ("0.7.2.post1", "0.6.13", "0.6.13, expected 0.7.2.post1 .* downloads .*: pip uninstall"),
+        (
+            "0.6.13",
+            "0.6.12",
+            "flashinfer-cubin 0.6.12, expected 0.6.13, .*: pip install .*==0.6.13",
+        ),
+        (
+            "0.6.13",
+            None,
+            "no flashinfer-cubin, expected 0.6.13, .*: pip install .*==0.6.13",
+        ),
+        ("0.7.2.post1", "0.6.13", "-cubin 0.6.13, expected 0.7.2.post1, .* downloads .*: pip unin"),
     ],
 )
 def test_images_of_another_version(fake, version, cubin, said):
@@ -237,7 +248,7 @@ def test_images_of_another_version(fake, version, cubin, said):
         fake.install_cubins(cubin)
     code, _, err = run("--python", fake.python)
     assert code == 1
-    assert re.search(f"has flashinfer-cubin {said}", err), err
+    assert re.search(f"has .*{said}", err), err
     assert (fake.asked(), manifest.read()) == ([], ())
 
 
@@ -318,7 +329,7 @@ def test_a_prebuilt_module_for_who_knows_what_is_not(fake, prebuilt):
     if shutil.which("cuobjdump"):
         pytest.skip("there is a cuobjdump")
     assert ": compiled, " in run("--python", fake.python)[1]
-    assert f"{prebuilt}: cannot tell what it is compiled for without cuobjdump" in log(fake)
+    assert f"{prebuilt}: its architectures are unknown without cuobjdump" in log(fake)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jax_nvfp4_moe import routing
 from jax_nvfp4_moe.routing import Routing, route
 from tests.support import routing_reference as reference
 
@@ -54,6 +55,10 @@ def assert_routed(got, want, rtol=RTOL):
     assert (ids.dtype, weights.dtype) == (jnp.int32, jnp.float32)
     np.testing.assert_array_equal(ids, want_ids)
     np.testing.assert_allclose(weights, want_weights, rtol=rtol)
+
+
+def test_every_method_is_tested():
+    assert set(METHODS) == set(routing.METHODS)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -305,7 +310,7 @@ def test_configuration_is_plain_and_hashable():
             "method is 'renormalise', expected one of default, .*: did you mean 'renormalize'?",
         ),
         (("DeepSeekV3", 2), ValueError, "did you mean 'deepseek_v3'?"),
-        (("xyz", 2), ValueError, "method is 'xyz', expected one of default, .*minimax2$"),
+        (("xyz", 2), ValueError, f"'xyz', expected one of {', '.join(routing.METHODS)}$"),
         ((3, 2), TypeError, "method is 3, expected one of default"),
         (("topk", 2.0), TypeError, r"top_k is 2.0, expected a int|an int"),
         (("topk", True), TypeError, "top_k is True"),
@@ -323,8 +328,8 @@ def test_configuration_is_plain_and_hashable():
         (
             ("sigmoid", 2, 1, 1, 2.5),
             ValueError,
-            "scaling_factor is 2.5, but only deepseek_v3 and "
-            "minimax2 have one, not method 'sigmoid': multiply the weights that route returns",
+            f"scaling_factor is 2.5, but only {' and '.join(BIASED)} have one, not method "
+            "'sigmoid': multiply the weights that route returns",
         ),
         (("deepseek_v3", 2, 1, 1, math.nan), ValueError, "scaling_factor is nan, .* above 0"),
         (("deepseek_v3", 2, 1, 1, math.inf), ValueError, "scaling_factor is inf"),
@@ -363,7 +368,7 @@ GROUPED = Routing("deepseek_v3", 4, n_group=4, topk_group=1)
         (np.ones((3, 8), np.float32), GROUPED, None, ValueError,
          "routing.top_k is 4, but topk_group = 1 groups of 2 experts hold 2: topk_group=2"),
         (np.ones((3, 4), np.float32), CONFIGS[1], np.ones(4, np.float32), ValueError,
-         "selection_bias is given, but only deepseek_v3 and minimax2 take one, not method "
+         f"selection_bias is given, but only {' and '.join(BIASED)} take one, not method "
          r"'renormalize': a router's additive bias belongs in the logits, logits \+ bias"),
         (np.ones((3, 16), np.float32), CORRECTED[0], np.ones(4, np.float32), ValueError,
          r"bias has shape \(4,\), expected \(16,\)"),

@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe import parallel
 from jax_nvfp4_moe.bridge import library
+from jax_nvfp4_moe.implementations.cpu import implementation
 from jax_nvfp4_moe.implementations.cpu.implementation import LEVELS
 from tests.support import conformance, oracle
 from tests.support.conformance import make_layer, reference, run
@@ -52,6 +53,14 @@ def test_without_the_library_the_emulation_serves(monkeypatch, rng):
     assert report.used == "emulation"
     assert [c.reason for c in report.choices if c.name == "cpu"] == ["libx.so was not built"]
     with pytest.raises(NotImplementedError, match=r"^implementation 'cpu': libx.so was not built"):
+        run(layer, "cpu")
+    np.testing.assert_array_equal(run(layer, None), run(layer, "emulation"))
+
+
+def test_an_activation_that_the_kernels_lack_is_left_to_the_emulation(monkeypatch, rng):
+    layer = make_layer(Case(activation="gelu"), rng)
+    monkeypatch.setattr(implementation, "ACTIVATIONS", ("silu", "relu2"))
+    with pytest.raises(NotImplementedError, match="activation 'gelu': it has silu, relu2; None"):
         run(layer, "cpu")
     np.testing.assert_array_equal(run(layer, None), run(layer, "emulation"))
 

@@ -1,7 +1,8 @@
-"""The mistakes that users make, and what each one is told: the data of docs/errors.md.
+"""The mistakes that users make, each with its error message: the data of docs/errors.md.
 
-``python -m tests.support.mistakes`` writes that page; tests/core/test_errors.py holds the package
-to every line of it.
+``python -m tests.support.mistakes`` writes the page, and tests/core/test_errors.py makes every
+mistake and compares the whole message. This module is long because it is a table, with an entry for
+each mistake; it has no logic to split.
 """
 
 import dataclasses
@@ -9,9 +10,12 @@ import itertools
 import tempfile
 from pathlib import Path
 
+from jax_nvfp4_moe import activations, routing
+
+ACTIVATIONS, METHODS = ", ".join(activations.NAMES), ", ".join(routing.METHODS)
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 
-# What every mistake starts from.
+# Runs before every mistake.
 SETUP = """\
 import dataclasses
 
@@ -42,14 +46,16 @@ class Mistake:
     """One mistake.
 
     Attributes:
-        function: of the public API, the one that refuses.
-        title: what is wrong.
-        code: run after SETUP, as a user would write it.
-        error: the exception's name.
-        message: all of it.
-        argument: at fault; `message` names it, and says what was `given` and what was `expected`.
-        values: whether the mistake is in values, which nothing can see while tracing.
-        wide: whether it takes jax_enable_x64.
+        function: the public function that raises.
+        title: the mistake in words.
+        code: the call, as a user would write it; runs after SETUP.
+        error: the name of the exception.
+        message: the whole message.
+        argument: the argument at fault, which the message names.
+        given: the part of the message that says what the argument was.
+        expected: the part of the message that says what was expected.
+        values: whether the mistake is in values, which tracing cannot see.
+        wide: whether the mistake needs jax_enable_x64.
     """
 
     function: str
@@ -67,17 +73,19 @@ class Mistake:
 INTRODUCTION = """\
 # Errors
 
-Bad input is refused where it is passed, while tracing too, by an exception that names the argument,
-what it was, what was expected and, where there is one, the nearest thing that would work. Below are
-the mistakes that the tests make, each with its message in full; `python -m tests.support.mistakes`
-writes this page from them. Mistakes in values, such as a NaN among weights, are looked for when
-experts are built and by `validate`, hence outside jit only. Inside jit, a token's ids out of range
-contribute nothing. All examples start from one small layer:
+A call checks its arguments at once, while tracing too. The exception names the argument, what it
+was, what was expected and, if there is one, the nearest thing that works. This page shows the
+mistakes that the tests make, each with its whole message. It is generated from the tests' table by
+`python -m tests.support.mistakes`.
+
+Mistakes in values, such as a NaN among the weights, are found when experts are built, and by
+`validate`: outside jit only. Inside jit, ids that are out of range contribute nothing. All examples
+start from one small layer:
 """
 
 
 def page():
-    """The text of docs/errors.md."""
+    """Returns the text of docs/errors.md."""
     parts = [INTRODUCTION, f"```python\n{SETUP}```\n"]
     for function, mistakes in itertools.groupby(MISTAKES, lambda mistake: mistake.function):
         rows = ["| Mistake | Code | Exception | Message |", "| --- | --- | --- | --- |"]
@@ -90,7 +98,7 @@ def page():
 
 
 def write():
-    """Writes docs/errors.md, whole or not at all."""
+    """Writes docs/errors.md atomically."""
     PAGE.parent.mkdir(exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=PAGE.parent, delete=False) as file:
         file.write(page())
@@ -788,9 +796,7 @@ MISTAKES = (
         code='nvm.Routing("renormalise", top_k=2)',
         error="ValueError",
         message=(
-            "method is 'renormalise', expected one of default, renormalize, renormalize_naive, "
-            "deepseek_v3, llama4, topk, sigmoid, sigmoid_renorm, minimax2: did you mean "
-            "'renormalize'?"
+            f"method is 'renormalise', expected one of {METHODS}: did you mean 'renormalize'?"
         ),
         argument="method",
         given="'renormalise'",
@@ -801,10 +807,7 @@ MISTAKES = (
         title="arguments swapped",
         code='nvm.Routing(2, "renormalize")',
         error="TypeError",
-        message=(
-            "method is 2, expected one of default, renormalize, renormalize_naive, deepseek_v3, "
-            "llama4, topk, sigmoid, sigmoid_renorm, minimax2"
-        ),
+        message=f"method is 2, expected one of {METHODS}",
         argument="method",
         given="2",
         expected="expected one of default",
@@ -1011,10 +1014,7 @@ MISTAKES = (
         title="an unknown name",
         code='nvm.Activation("swiglu")',
         error="ValueError",
-        message=(
-            "activation is 'swiglu', expected one of silu, gelu, gelu_tanh, swiglu_oai, relu2: "
-            "did you mean 'silu'?"
-        ),
+        message=f"activation is 'swiglu', expected one of {ACTIVATIONS}: did you mean 'silu'?",
         argument="activation",
         given="'swiglu'",
         expected="did you mean 'silu'?",
@@ -1025,8 +1025,7 @@ MISTAKES = (
         code="nvm.Activation(jax.nn.silu)",
         error="TypeError",
         message=(
-            "activation is the function silu, expected one of silu, gelu, gelu_tanh, "
-            "swiglu_oai, relu2, or an Activation"
+            f"activation is the function silu, expected one of {ACTIVATIONS}, or an Activation"
         ),
         argument="activation",
         given="the function silu",
@@ -1298,8 +1297,7 @@ MISTAKES = (
         code='nvm.nvfp4_moe(x, logits, experts, routing, activation="gelu_new")',
         error="ValueError",
         message=(
-            "activation is 'gelu_new', expected one of silu, gelu, gelu_tanh, swiglu_oai, "
-            "relu2: did you mean 'gelu_tanh'?"
+            f"activation is 'gelu_new', expected one of {ACTIVATIONS}: did you mean 'gelu_tanh'?"
         ),
         argument="activation",
         given="'gelu_new'",
@@ -1557,10 +1555,7 @@ MISTAKES = (
         title="an unknown activation",
         code='nvm.explain(experts, routing, tokens=4, activation="relu")',
         error="ValueError",
-        message=(
-            "activation is 'relu', expected one of silu, gelu, gelu_tanh, swiglu_oai, relu2: "
-            "did you mean 'relu2'?"
-        ),
+        message=(f"activation is 'relu', expected one of {ACTIVATIONS}: did you mean 'relu2'?"),
         argument="activation",
         given="'relu'",
         expected="did you mean 'relu2'?",

@@ -176,8 +176,8 @@ def test_nothing_is_overwritten(sound, tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["x"], "has a tensor 'x', expected layers' numbers"),
-        (["0.output"], "has a tensor '0.output', expected layers' numbers"),
+        (["x"], "has a tensor 'x', expected a layer's number"),
+        (["0.output"], "has a tensor '0.output', expected a layer's number"),
         (["7"], "calibration has no samples for layer 0"),
         (["0", "0.router"], "calibration[0] is a tuple, expected tokens [T, H]"),
     ],
@@ -203,7 +203,7 @@ def test_usage():
     assert run("convert", "a", "b", "--format", "gguf")[0] == 2
     code, out, _ = run("--help")
     assert code == 0
-    assert "Exit codes: 0 well, 1 a bad checkpoint or build, 2 usage, 3 files." in out
+    assert "Exit codes: 0 success, 1 bad checkpoint or failed build, 2 usage, 3 files." in out
     for command in ("inspect", "validate", "convert", "quantize", "build"):
         assert command in out
 

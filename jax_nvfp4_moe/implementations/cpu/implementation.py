@@ -56,14 +56,13 @@ class Cpu(Implementation):
     def _plan(self, problem: Problem) -> "CpuPlan":
         if (reason := library.unavailable()) is not None:
             raise NotImplementedError(reason)
-        activation = problem.call.activation.name
-        if activation not in ACTIVATIONS:
-            raise NotImplementedError(f"activation {activation!r}: it has {', '.join(ACTIVATIONS)}")
         levels = library.cpu_levels()
         if self.level is not None and not levels.get(self.level, False):
             state = "this machine lacks it" if self.level in levels else "not compiled in"
             has = ", ".join(name for name, there in levels.items() if there)
             raise NotImplementedError(f"level {self.level!r}: {state}; there are {has}")
+        if (activation := problem.call.activation.name) not in ACTIVATIONS:
+            raise NotImplementedError(f"activation {activation!r}: it has {', '.join(ACTIVATIONS)}")
         return CpuPlan(self, problem)
 
 

@@ -30,7 +30,7 @@ from jax_nvfp4_moe.implementations.cute_dsl.call import Functions, run_routed
 from jax_nvfp4_moe.layouts import Layout
 from jax_nvfp4_moe.tuning import TunedLayer, look_up
 
-# Each version's rung of the evidence ladder: docs/bridge.md has the five.
+# Each version's rung of the evidence ladder: docs/evidence.md has the five.
 _EVIDENCE = {
     "0.6.13": "evidence 3 of 5: its launches were recorded, it has never run on a GPU",
     "0.7.2.post1": "evidence 2 of 5: its kernels compile, it has never run on a GPU",

@@ -38,7 +38,7 @@ from jax_nvfp4_moe.layouts import Layout
 _PER_TOKEN = ("silu", "swiglu_oai")
 # The versions of flashinfer-python whose arguments are known, the newest last.
 _VERSIONS = tuple(flashinfer.PARAMETERS[FUNCTION])
-# The rung of the evidence ladder: docs/bridge.md has the five.
+# The rung of the evidence ladder: docs/evidence.md has the five.
 _EVIDENCE = "evidence 3 of 5: its launches were recorded, it has never run on a GPU"
 
 

@@ -17,30 +17,18 @@ MAX_EXPERTS = 2048
 
 # routing_input_mode.
 _FROM_LOGITS, _PACKED = 0, 1
-# RoutingMethodType.
-_METHODS = {
-    "default": 0,
-    "renormalize": 1,
-    "deepseek_v3": 2,
-    "llama4": 3,
-    "renormalize_naive": 4,
-    "topk": 5,
-    "sigmoid_renorm": 6,
-    "minimax2": 7,
-    "sigmoid": 8,
-}
-# (E, K) up to which there is a router. For others the launcher writes a warning, launches none, and
-# lets the GEMMs read what happens to be in memory.
-_TIERS = {
-    "default": ((256, 8),),
-    "renormalize": ((MAX_EXPERTS, MAX_TOP_K),),
-    "renormalize_naive": ((MAX_EXPERTS, MAX_TOP_K),),
-    "deepseek_v3": ((1024, MAX_TOP_K),),
-    "minimax2": ((1024, MAX_TOP_K),),
-    "llama4": ((128, 1),),
-    "topk": ((256, 8),),
-    "sigmoid": ((256, 8),),
-    "sigmoid_renorm": ((256, 8),),
+# Each method's RoutingMethodType, and the E and K up to which it has a router. For larger ones the
+# launcher writes a warning, launches none, and lets the GEMMs read uninitialised memory.
+_ROUTERS = {
+    "default": (0, 256, 8),
+    "renormalize": (1, MAX_EXPERTS, MAX_TOP_K),
+    "deepseek_v3": (2, 1024, MAX_TOP_K),
+    "llama4": (3, 128, 1),
+    "renormalize_naive": (4, MAX_EXPERTS, MAX_TOP_K),
+    "topk": (5, 256, 8),
+    "sigmoid_renorm": (6, 256, 8),
+    "minimax2": (7, 1024, MAX_TOP_K),
+    "sigmoid": (8, 256, 8),
 }
 # Those of deepseek_v3 with groups: K, groups, groups that a token may use, experts of a group.
 _MAX_GROUPED = (22, 8, 4, 32)
@@ -53,6 +41,8 @@ def no_router(routing: Routing, num_experts: int) -> str | None:
         routing: how.
         num_experts: E.
     """
+    if routing.method not in _ROUTERS:
+        return f"it has no router for {routing.method!r}, only for {', '.join(_ROUTERS)}"
     if num_experts % 4:
         # Checked by the launchers of other formats (lines 1183-1184), whose routers are the same.
         return f"it routes over a multiple of 4 experts, not over {num_experts}"
@@ -66,13 +56,12 @@ def no_router(routing: Routing, num_experts: int) -> str | None:
             f"experts a group, not top_k {routing.top_k}, {routing.topk_group} of "
             f"{routing.n_group} groups, {sizes[-1]} experts a group"
         )
-    tiers = _TIERS[routing.method]
-    if any(num_experts <= experts and routing.top_k <= top_k for experts, top_k in tiers):
+    _, experts, top_k = _ROUTERS[routing.method]
+    if num_experts <= experts and routing.top_k <= top_k:
         return None
-    known = " or ".join(f"{experts} experts, top_k {top_k}" for experts, top_k in tiers)
     return (
-        f"its router for {routing.method!r} is compiled for up to {known}, not for {num_experts} "
-        f"experts, top_k {routing.top_k}"
+        f"its router for {routing.method!r} is compiled for up to {experts} experts, top_k "
+        f"{top_k}, not for {num_experts} experts, top_k {routing.top_k}"
     )
 
 
@@ -97,8 +86,8 @@ def packed(
         "n_group": None,
         "topk_group": None,
         "routed_scaling_factor": None,
-        # One that does nothing more to packed ids.
-        "routing_method_type": _METHODS["renormalize"],
+        # One that leaves packed ids as they are.
+        "routing_method_type": _ROUTERS["renormalize"][0],
         "norm_topk_prob": True,
     }
 
@@ -136,7 +125,7 @@ def from_logits(
         "n_group": routing.n_group if grouped else None,
         "topk_group": routing.topk_group if grouped else None,
         "routed_scaling_factor": routing.scaling_factor if corrected else None,
-        "routing_method_type": _METHODS[routing.method],
+        "routing_method_type": _ROUTERS[routing.method][0],
         "norm_topk_prob": routing.method == "sigmoid_renorm",
     }
 
