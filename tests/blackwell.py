@@ -251,7 +251,7 @@ def swapped_nibbles(experts):
     return _w13(experts, data=data << 4 | data >> 4)
 
 
-def no_hidden_scale(experts):
+def no_w2_input_scale(experts):
     return dataclasses.replace(experts, w2_input_scale=jnp.float32(1))
 
 
@@ -268,7 +268,7 @@ MISTAKES = {
     for each in (
         swapped_gate_and_up,
         swapped_nibbles,
-        no_hidden_scale,
+        no_w2_input_scale,
         wrong_global_scale,
         linear_scales_for_swizzled,
     )

@@ -84,7 +84,7 @@ def test_trtllm_comes_first(add, add_module):
 @pytest.mark.parametrize(
     ("version", "make", "options", "expected"),
     [
-        (NEW, prepared, {"activation": "gelu"}, "activation 'gelu': it has silu, swiglu_oai, "),
+        (NEW, prepared, {"activation": "gelu"}, "activation 'gelu': it has silu, gelu_tanh, "),
         (
             NEW,
             prepared,
