@@ -15,7 +15,8 @@ from jax_nvfp4_moe.checkpoint import (
     convert_checkpoint,
     save_checkpoint,
 )
-from jax_nvfp4_moe.checkpoint.files import TensorFiles, write_tensors
+from jax_nvfp4_moe.checkpoint.files import TensorFiles
+from jax_nvfp4_moe.checkpoint.writing import write_tensors
 from tests.conftest import GOLDENS
 from tests.support.checkpoints import made
 
