@@ -38,7 +38,8 @@ def scheme(settings: dict[str, Any], source: str) -> Scheme:
             rules.append(Rule(_pattern(target, source), found, str(format_)))
     if not any(rule.activation_scheme for rule in rules):
         raise UnsupportedCheckpointError(
-            f"{source}: format is {settings.get('format')!r}, expected {_FORMAT!r} with 4-bit floats"
+            f"{source}: format is {settings.get('format')!r}, expected {_FORMAT!r} with 4-bit "
+            "floats"
         )
     return Scheme("compressed-tensors", tuple(rules), source, settings)
 

@@ -286,8 +286,8 @@ class ExpertTensors:
             expert, column = np.argwhere(bad)[0]
             name = self.names.tensor(roles[column], part, int(expert))
             raise ScaleError(
-                f"{name} is {out[expert, column]!s}, expected a finite scale above 0; "
-                f"{bad.sum()} of {bad.size} such scales are bad"
+                f"{name} is {out[expert, column]!s}, expected a finite scale above 0 "
+                f"(bad scales of this kind: {bad.sum()} of {bad.size})"
             )
         return decoded
 
@@ -332,8 +332,8 @@ class ExpertTensors:
         what, bad = found
         where = "".join(f"[{i}]" for i in np.argwhere(bad)[0])
         raise ScaleError(
-            f"{self.names.tensor(role, self.parts.scale, expert)} has {bad.sum()} of {bad.size} "
-            f"scales that are {what}, the first of expert {expert}'s {role} at {where}"
+            f"{self.names.tensor(role, self.parts.scale, expert)}: {bad.sum()} of {bad.size} block "
+            f"scales are {what}, the first at {where} of expert {expert}'s {role}"
         )
 
 

@@ -48,4 +48,4 @@ def bad_block_scales(
         return None
     bad = np.zeros_like(zero)
     bad[rows[lost], blocks[lost]] = True
-    return "zero although their block is not", bad
+    return "zero for a nonzero block", bad

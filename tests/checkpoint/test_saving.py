@@ -18,7 +18,7 @@ from jax_nvfp4_moe.checkpoint import (
 from jax_nvfp4_moe.checkpoint.files import TensorFiles
 from jax_nvfp4_moe.checkpoint.writing import write_tensors
 from tests.conftest import GOLDENS
-from tests.support.checkpoints import made
+from tests.support.checkpoints import LAYERS, E, made
 
 FAMILIES = sorted(path for path in (GOLDENS / "families").iterdir() if path.is_dir())
 # Written by ModelOpt, and from that by compressed-tensors' converter.
@@ -161,6 +161,33 @@ def with_experts(checkpoint, change):
     return dataclasses.replace(checkpoint, layers=layers)
 
 
+@pytest.mark.parametrize("encode", [False, True], ids=["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("different", [0, 1, 4])
+def test_scales_of_gate_and_up(different, encode, rng, tmp_path):
+    """Equal pairs load as [E, 1], one different pair as [E, 2]; both save as the same bits."""
+    written = made(rng, encode=encode)
+    part = "weight_global_scale" if encode else "weight_scale_2"
+    for layer in range(LAYERS):
+        for expert in range(different, E):
+            module = f"model.layers.{layer}.mlp.experts.{expert}"
+            gate = written.tensors[f"{module}.gate_proj.{part}"]
+            written.tensors[f"{module}.up_proj.{part}"] = gate.copy()
+    directory = written.write(tmp_path / "original")
+    checkpoint = nvm.load_checkpoint(directory, input_scale="per_expert")
+    for layer in checkpoint.layers.values():
+        experts = layer.experts
+        assert experts.w13.global_scale.shape == (E, 2 if different else 1)
+        assert experts.separate_scales is bool(different)
+        pairs = np.broadcast_to(experts.w13.global_scale, (E, 2))
+        assert (pairs[:, 0] != pairs[:, 1]).sum() == different
+    format = "compressed-tensors" if encode else "modelopt"
+    save_checkpoint(checkpoint, tmp_path / "saved", format=format)
+    if encode:
+        same_but_for_reciprocals(directory, tmp_path / "saved")
+    else:
+        same_tensors(directory, tmp_path / "saved")
+
+
 @pytest.mark.parametrize("implementation", ["trtllm", "cute_dsl"])
 def test_prepared_experts_are_saved_as_they_were(checkpoint, tmp_path, implementation):
     prepared = with_experts(checkpoint, lambda experts: nvm.prepare(experts, implementation))
@@ -207,9 +234,9 @@ def test_per_token(checkpoint, tmp_path):
     save_checkpoint(each, tmp_path / "saved", format="compressed-tensors")
     saved = nvm.load_checkpoint(tmp_path / "saved")
     assert saved.layers[0].experts.activation_scheme == "per_token"
-    with pytest.raises(ConfigError, match="'per_token', which ModelOpt's format cannot say"):
+    with pytest.raises(ConfigError, match="'per_token', which ModelOpt's format cannot express"):
         save_checkpoint(each, tmp_path / "other")
-    with pytest.raises(ConfigError, match="'per_token', which ModelOpt's format cannot say"):
+    with pytest.raises(ConfigError, match="'per_token', which ModelOpt's format cannot express"):
         convert_checkpoint(tmp_path / "saved", tmp_path / "other", format="modelopt")
     assert not (tmp_path / "other").exists()
 
@@ -256,7 +283,7 @@ def test_a_failure_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch):
 def test_layers_with_different_schemes(checkpoint, tmp_path):
     other = nvm.load_checkpoint(checkpoint.directory, activation_scheme="none")
     mixed = dataclasses.replace(checkpoint, layers={0: checkpoint.layers[0], 1: other.layers[1]})
-    with pytest.raises(CheckpointError, match="activation schemes none, static: expected one"):
+    with pytest.raises(CheckpointError, match="activation schemes none, static; expected one"):
         save_checkpoint(mixed, tmp_path / "saved")
 
 
