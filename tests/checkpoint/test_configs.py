@@ -58,7 +58,7 @@ def test_files_that_disagree(tmp_path, rng):
 
 
 def test_what_a_converter_left_behind(tmp_path, rng):
-    """compressed-tensors' converter copies ModelOpt's file; config.json is what counts."""
+    """compressed-tensors' converter copies ModelOpt's file; config.json decides."""
     written = made(rng, encode=True)
     written.write(tmp_path)
     hf_quant_config(tmp_path)
@@ -70,7 +70,7 @@ def test_what_a_converter_left_behind(tmp_path, rng):
 )
 @pytest.mark.parametrize("scales", [False, True], ids=["without-scales", "with-scales"])
 def test_weight_only(encode, how, scales, tmp_path, rng):
-    """Activation scales that are there all the same stay unused."""
+    """Activation scales stay unused where the configuration has none."""
     written = made(rng, encode=encode, static=scales)
     weight_only(written.config["quantization_config"], how)
     checkpoint = load(written.write(tmp_path))
@@ -92,7 +92,7 @@ def test_dynamic_activations(tmp_path, rng):
 IGNORED = [
     (False, "model.layers.1.mlp*"),
     (False, "*.1.mlp.experts*"),
-    (False, "model.layers.1"),  # what excludes a module excludes what is in it
+    (False, "model.layers.1"),  # excluding a module excludes all modules in it
     (False, "model.layers.[1]*"),
     (False, "*"),
     (True, "re:.*layers.1.*"),
@@ -128,7 +128,7 @@ def test_ignored_layer(encode, pattern, tmp_path, rng):
 @pytest.mark.parametrize(
     ("encode", "pattern"),
     [
-        (False, "model.layers.1.mlp.expert"),  # names end where they end
+        (False, "model.layers.1.mlp.expert"),  # a pattern matches whole names
         (False, "layers.1.mlp*"),
         (False, "model.layers.?1*"),
         (True, "re:layers.1"),

@@ -47,7 +47,7 @@ def test_path_as_a_string(tmp_path, rng):
 
 
 def test_index_decides_between_shards(tmp_path, rng):
-    """A stray in a shard is not loaded, and neither is a file that the index does not name."""
+    """Neither a stray tensor in a shard is loaded nor a file that the index does not name."""
     written = made(rng)
     written.write(tmp_path, shards=2)
     path = tmp_path / "model.safetensors.index.json"
@@ -176,7 +176,7 @@ def test_truncated_or_garbage(spoil, tmp_path, rng):
     file.write_bytes(raw)
     with pytest.raises(ShardError) as caught:
         load(tmp_path)
-    # What follows are the words of the safetensors library.
+    # The rest is the safetensors library's own message.
     message = f"{file} ({len(raw)} bytes) is truncated or malformed: "
     assert str(caught.value).startswith(message)
     assert len(str(caught.value)) > len(message) + 10

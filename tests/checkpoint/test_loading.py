@@ -64,7 +64,7 @@ def test_gate_and_up_have_scales_of_their_own(tmp_path, rng):
 
 
 def test_formats_decode_alike(tmp_path, rng):
-    """compressed-tensors stores 1 / scale; taken for scales, the result is another one."""
+    """compressed-tensors stores 1 / scale. Control: taken as scales, they give another result."""
     written = made(rng)
     right = load(written.write(tmp_path / "modelopt")).layers[0].experts
     encoded = made(rng, encode=True)
@@ -121,7 +121,7 @@ def test_split_over_devices(encode, input_scale, tmp_path, rng):
     if input_scale == "per_expert":
         assert same(split.experts, wanted)
     else:
-        # Over all experts, wherever the largest one is.
+        # The largest over all experts, on every device.
         assert np.asarray(split.experts.w13_input_scale) == np.asarray(wanted.w13_input_scale).max()
         assert np.asarray(split.experts.w2_input_scale) == np.asarray(wanted.w2_input_scale).max()
 
@@ -154,7 +154,7 @@ def test_each_device_reads_its_own_share(tmp_path, rng, monkeypatch):
             before = len(read)
             found = data(index)
             if found.ndim == 3:
-                # The first look is at a matrix's shape, and not into it.
+                # The first view only reads a matrix's shape.
                 experts = {
                     int(re.search(r"experts\.(\d+)", name)[1]) for name in read[before + 1 :]
                 }
@@ -247,7 +247,7 @@ def test_layer_may_be_numpys(tmp_path, rng):
 def test_progress(tmp_path, rng, capsys):
     written = made(rng)
     written.write(tmp_path)
-    for show in (False, None):  # None: pytest's stderr is no terminal
+    for show in (False, None):  # None: under pytest, stderr is no terminal
         load_checkpoint(tmp_path, progress=show)
         assert capsys.readouterr() == ("", "")
     load_checkpoint(tmp_path, progress=True)

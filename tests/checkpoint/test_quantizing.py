@@ -1,4 +1,4 @@
-"""Quantising an unquantised checkpoint's experts, with calibration and without."""
+"""Quantising a checkpoint's experts, with and without calibration."""
 
 import json
 
@@ -18,14 +18,14 @@ BLOCK = "model.layers.0.mlp"
 
 
 def original(rng, path, model_type="qwen3_moe", **more):
-    """A bfloat16 checkpoint of one layer; returns gate, up, down, the router and the biases."""
+    """Writes a bfloat16 checkpoint of one layer; returns gate, up, down, router and biases."""
     gate, up = (rng.normal(size=(2, E, I, H)) * [[[[1]]], [[[4]]]]).astype(jnp.bfloat16)
     down = rng.normal(size=(E, H, I)).astype(jnp.bfloat16)
     router = rng.normal(size=(E, H)).astype(jnp.bfloat16)
     tensors = {"model.norm.weight": np.ones(H, jnp.bfloat16)}
     biases = None
     if model_type == "gpt_oss":
-        # Rows of gate and up in turns, matrices transposed, biases.
+        # Alternating rows of gate and up, transposed matrices, biases.
         both = np.stack([gate, up], 2).reshape(E, 2 * I, H)
         w13_bias = rng.normal(size=(E, 2 * I)).astype(jnp.bfloat16)
         w2_bias = rng.normal(size=(E, H)).astype(jnp.bfloat16)
@@ -76,7 +76,7 @@ def test_weights_alone(rng, tmp_path, format):
 
 
 def test_stacked(rng, tmp_path):
-    """gpt-oss: transposed, with rows in turns and biases; what is written has none of that."""
+    """gpt-oss's transposed tensors of all experts become one tensor for each expert."""
     more = {"num_local_experts": E, "intermediate_size": I}
     gate, up, down, _, biases = original(rng, tmp_path / "bf16", "gpt_oss", **more)
     quantize_checkpoint(tmp_path / "bf16", tmp_path / "nvfp4")
@@ -106,7 +106,7 @@ def test_calibration(rng, tmp_path):
         np.testing.assert_allclose(
             loaded.w2_input_scale[expert], abs(hidden).max() / 2688, rtol=1e-4
         )
-    # Control: scales are those of each expert, not one for all.
+    # Control: each expert has its own scale.
     assert np.unique(np.asarray(loaded.w2_input_scale)).size == E
 
 

@@ -1,4 +1,4 @@
-"""Round trips: what is saved, and converted, loads back; what fails leaves nothing behind."""
+"""Round trips of saving and converting; failures leave no files."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from tests.conftest import GOLDENS
 from tests.support.checkpoints import LAYERS, E, made
 
 FAMILIES = sorted(path for path in (GOLDENS / "families").iterdir() if path.is_dir())
-# Written by ModelOpt, and from that by compressed-tensors' converter.
+# Made by ModelOpt, and from its output by compressed-tensors' converter.
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 BY_TOOLS = {
     "modelopt": MODELS / "qwen3-moe-tiny-nvfp4",
@@ -30,7 +30,7 @@ BY_TOOLS = {
 
 
 def same_tensors(one, other):
-    """Whether two directories have the same tensors, to the bit."""
+    """Asserts that two directories have the same tensors, bit for bit."""
     one, other = TensorFiles(one), TensorFiles(other)
     assert set(one) == set(other)
     for name in one:
@@ -45,9 +45,9 @@ def same(one, other):
 
 
 def same_but_for_reciprocals(one, other):
-    """Whether two directories have the same tensors, global scales within a unit in the last place.
+    """Asserts the same tensors, with global scales equal within one unit in the last place.
 
-    Their shapes may be [] or [1]: the tools do not agree. Returns how many are not equal.
+    Their shapes may be [] or [1], since tools differ. Returns how many scales are not equal.
     """
     one, other = TensorFiles(one), TensorFiles(other)
     assert set(one) == set(other)
@@ -118,13 +118,13 @@ def test_convert_as_the_tools_do(format, tmp_path):
     convert_checkpoint(original, tmp_path / "ours", format=format)
     differing = same_but_for_reciprocals(tmp_path / "ours", theirs)
     if format == "compressed-tensors":
-        assert differing == 0  # their converter and ours start from the same numbers
+        assert differing == 0  # both converters start from the same numbers
     else:
-        assert differing > 0  # some reciprocals' reciprocals are not what they were
+        assert differing > 0  # a reciprocal's reciprocal may differ by rounding
 
 
 def test_save_compressed_tensors(tmp_path):
-    """Through memory, where scales decode, and back: once off by a unit, then never again."""
+    """Scales are decoded on loading: only the first round trip may change them, by one unit."""
     original, once, twice = BY_TOOLS["compressed-tensors"], tmp_path / "once", tmp_path / "twice"
     for source, target in ((original, once), (once, twice)):
         checkpoint = nvm.load_checkpoint(source, input_scale="per_expert")
@@ -153,7 +153,7 @@ def checkpoint(rng, tmp_path):
 
 
 def with_experts(checkpoint, change):
-    """The checkpoint with all its experts changed."""
+    """The checkpoint with changed experts in all layers."""
     layers = {
         number: dataclasses.replace(layer, experts=change(layer.experts))
         for number, layer in checkpoint.layers.items()
@@ -229,7 +229,7 @@ def test_weights_alone(checkpoint, tmp_path, format):
 
 
 def test_per_token(checkpoint, tmp_path):
-    """compressed-tensors has a word for it, ModelOpt has none."""
+    """compressed-tensors' format can express "per_token", ModelOpt's cannot."""
     each = nvm.load_checkpoint(checkpoint.directory, activation_scheme="per_token")
     save_checkpoint(each, tmp_path / "saved", format="compressed-tensors")
     saved = nvm.load_checkpoint(tmp_path / "saved")

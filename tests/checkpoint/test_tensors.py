@@ -158,7 +158,7 @@ def test_layer_without_experts(tmp_path, rng):
 # ------------------------------------------------------------------------------------- scales
 
 
-# What must not be a scale; infinity is 1 / 0 to compressed-tensors.
+# Values that a scale must not have.
 NOT_SCALES = [0.0, -0.0, -0.01, np.nan, np.inf, -np.inf, 1e-40]
 
 
@@ -258,7 +258,7 @@ def test_missing_input_scales(encode, some, tmp_path, rng):
 
 
 def test_static_where_the_checkpoint_says_none(tmp_path, rng):
-    """The other way round, and only where the scales are there."""
+    """activation_scheme="static" loads the scales although the configuration has none."""
     written = made(rng)
     weight_only(written.config["quantization_config"], "algorithm")
     written.write(tmp_path)

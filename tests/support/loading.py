@@ -1,4 +1,4 @@
-"""What the tests of loading share."""
+"""Helpers of the tests of loading."""
 
 import re
 
@@ -16,19 +16,19 @@ UP = "model.layers.1.mlp.experts.2.up_proj"  # the module that tests spoil
 
 
 def names(encode):
-    """The four parts of a quantised matrix."""
+    """The names of a quantised matrix's four parts."""
     if encode:
         return "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"
     return "weight", "weight_scale", "weight_scale_2", "input_scale"
 
 
 def load(path, **options):
-    """The checkpoint, as it is stored."""
+    """Loads a checkpoint with every expert's own activation scales."""
     return load_checkpoint(path, input_scale="per_expert", progress=False, **options)
 
 
 def assert_loads(path, written, **options):
-    """What is loaded is what was written, bit for bit, and nothing is left out."""
+    """Asserts that a checkpoint loads as it was written, bit for bit, with no tensor missing."""
     checkpoint = load(path, **options)
     assert checkpoint.config == written.config
     assert checkpoint.directory == (path.parent if path.is_file() else path)
@@ -43,7 +43,7 @@ def assert_loads(path, written, **options):
 
 
 def refused(error, message, path, *, run=load, **options):
-    """A call raises just this error, with this message; "DIR" in it stands for the directory."""
+    """Asserts that a call raises this error with this message, in which "DIR" is the directory."""
     with pytest.raises(CheckpointError) as caught:
         run(path, **options)
     assert (type(caught.value), str(caught.value)) == (error, message.replace("DIR", str(path)))
@@ -62,7 +62,7 @@ def weight_only(config, how):
 
 
 def unquantise(written, layer):
-    """A layer's experts as bfloat16."""
+    """Replaces a layer's experts by bfloat16 ones; returns the new tensors' names."""
     wanted = re.compile(rf"model\.layers\.{layer}\.mlp\.experts\..*(gate|up|down)_proj")
     modules = {found[0] for name in written.tensors if (found := wanted.match(name))}
     written.tensors = {n: t for n, t in written.tensors.items() if not wanted.match(n)}
@@ -94,7 +94,7 @@ def spoil_group(**changes):
 
 
 def spoil_tensors(part, change, module=UP):
-    """Changes one tensor; None takes it away."""
+    """Changes one tensor; `change` returning None removes it."""
 
     def run(written):
         name = f"{module}.{part}".strip(".")
