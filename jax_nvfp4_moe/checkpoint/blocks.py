@@ -21,6 +21,7 @@ from jax_nvfp4_moe.checkpoint.matrices import FLOATS, ExpertTensors
 from jax_nvfp4_moe.checkpoint.options import Advance, Options
 from jax_nvfp4_moe.checkpoint.scheme import MODELOPT
 from jax_nvfp4_moe.checkpoint.source import LayerTensors, Source
+from jax_nvfp4_moe.checkpoint.values import read_biases, read_matrix, read_scalars, read_stack
 from jax_nvfp4_moe.experts import ActivationScheme, ExpertWeights, check_experts
 from jax_nvfp4_moe.layer import Mlp, MoeLayer, Router
 from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
@@ -55,7 +56,7 @@ class ExpertsPlan:
                 "`python -m jax_nvfp4_moe quantize` makes a checkpoint with experts in NVFP4"
             )
         tensors.check_quantized()
-        self._scheme = self._activation_scheme(tensors.activation_scheme)
+        self._scheme: ActivationScheme = self._activation_scheme(tensors.activation_scheme)
         parts = tensors.parts
         every = [parts.data, parts.scale, parts.global_scale, parts.input_scale, "bias"]
         found = (name for part in every for name in tensors.tensors(tensors.roles, part))
@@ -95,12 +96,13 @@ class ExpertsPlan:
         """
         tensors, roles = self._tensors, self._tensors.w13_roles
         # Scalars first: they are small, and a bad one ends the reading early.
-        w13_scale = tensors.scalars(roles, tensors.parts.global_scale)
-        w2_scale = tensors.scalars(("down",), tensors.parts.global_scale)[:, 0]
+        w13_scale = read_scalars(tensors, roles, tensors.parts.global_scale)
+        w2_scale = read_scalars(tensors, ("down",), tensors.parts.global_scale)[:, 0]
         w13_input_scale = w2_input_scale = None
         if self._scheme == "static":
-            w13_input_scale = self._input_scale(tensors.scalars(roles, tensors.parts.input_scale))
-            down = tensors.scalars(("down",), tensors.parts.input_scale)[:, 0]
+            part = tensors.parts.input_scale
+            w13_input_scale = self._input_scale(read_scalars(tensors, roles, part))
+            down = read_scalars(tensors, ("down",), part)[:, 0]
             w2_input_scale = self._input_scale(down)
         experts = ExpertWeights(
             w13=self._matrices(roles, self._sharded(_shared_scale(w13_scale)), advance),
@@ -123,11 +125,11 @@ class ExpertsPlan:
     ) -> Nvfp4Array:
         def array(part: str) -> Array:
             tensors = self._tensors
-            rows, columns = tensors.matrix(roles[0], part, 0).shape
+            rows, columns = read_matrix(tensors, roles[0], part, 0).shape
             return self._options.sharded(
                 (tensors.num_experts, len(roles) * rows, columns),
                 tensors.files[tensors.names.tensor(roles[0], part)].numpy_dtype,
-                lambda index: tensors.stack(roles, part, index, advance),
+                lambda index: read_stack(tensors, roles, part, index, advance),
             )
 
         parts = self._tensors.parts
@@ -142,7 +144,7 @@ class ExpertsPlan:
         return self._options.sharded(values.shape, values.dtype, lambda index: values[index])
 
     def _biases(self, roles: tuple[str, ...]) -> Array | None:
-        biases = self._tensors.biases(roles)
+        biases = read_biases(self._tensors, roles)
         return None if biases is None else self._sharded(biases)
 
 

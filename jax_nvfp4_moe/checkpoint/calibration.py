@@ -15,6 +15,7 @@ from jax_nvfp4_moe.checkpoint.matrices import ExpertTensors
 from jax_nvfp4_moe.checkpoint.options import Options
 from jax_nvfp4_moe.checkpoint.scheme import MODELOPT
 from jax_nvfp4_moe.checkpoint.source import LayerTensors, Source
+from jax_nvfp4_moe.checkpoint.values import read_biases, read_matrix
 from jax_nvfp4_moe.format import RANGE_MAX
 
 # Tokens as they enter a block; in a pair, the router's input too, where the two differ.
@@ -76,7 +77,7 @@ def activation_scales(source: Source, layer: LayerTensors, samples: Pair) -> dic
         x = x @ np.asarray(plain["to_latent"], np.float32).T
     if source.family.router_weight_on_input:
         x = x * topk_weights
-    biases = experts.biases(experts.w13_roles)
+    biases = read_biases(experts, experts.w13_roles)
     largest = np.zeros((2, experts.num_experts), np.float32)
     for expert in range(experts.num_experts):
         rows = x[(ids == expert).any(axis=1)]
@@ -101,7 +102,7 @@ def unquantized_matrix(experts: ExpertTensors, role: str, expert: int) -> np.nda
     Raises:
         TensorError: a value is not finite.
     """
-    matrix = experts.matrix(role, MODELOPT.data, expert).astype(np.float32)
+    matrix = read_matrix(experts, role, MODELOPT.data, expert).astype(np.float32)
     if not np.isfinite(matrix).all():
         name = experts.names.tensor(role, MODELOPT.data, expert)
         raise TensorError(f"{name} has NaN or infinite values in expert {expert}'s {role}")

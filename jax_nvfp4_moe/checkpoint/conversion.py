@@ -12,6 +12,7 @@ from jax_nvfp4_moe.checkpoint.matrices import ExpertTensors
 from jax_nvfp4_moe.checkpoint.names import BlockNames
 from jax_nvfp4_moe.checkpoint.scheme import PARTS, Format, Parts, Scheme
 from jax_nvfp4_moe.checkpoint.source import Source
+from jax_nvfp4_moe.checkpoint.values import read_biases, read_matrix, read_scalars
 from jax_nvfp4_moe.checkpoint.writing import (
     SHARD_BYTES,
     NamedTensors,
@@ -109,15 +110,17 @@ def split_experts(experts: ExpertTensors, family: Family) -> Iterator[tuple[str,
     kinds = [parts.global_scale, parts.input_scale]
     kinds = [part for part in kinds if not experts.absent(part)]
     scalars = {
-        (role, part): experts.scalars((role,), part) for role in experts.roles for part in kinds
+        (role, part): read_scalars(experts, (role,), part)
+        for role in experts.roles
+        for part in kinds
     }
-    biases = {role: experts.biases((role,)) for role in experts.roles}
+    biases = {role: read_biases(experts, (role,)) for role in experts.roles}
     for expert in range(experts.num_experts):
         for role in experts.roles:
             for part in (parts.data, parts.scale):
                 yield (
                     names.tensor(role, part, expert),
-                    np.ascontiguousarray(experts.matrix(role, part, expert)),
+                    np.ascontiguousarray(read_matrix(experts, role, part, expert)),
                 )
             for part in kinds:
                 yield names.tensor(role, part, expert), np.asarray(scalars[role, part][expert, 0])

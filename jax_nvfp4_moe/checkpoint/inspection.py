@@ -13,6 +13,7 @@ from jax_nvfp4_moe.checkpoint.errors import CheckpointError
 from jax_nvfp4_moe.checkpoint.matrices import ExpertTensors
 from jax_nvfp4_moe.checkpoint.options import Advance, Options
 from jax_nvfp4_moe.checkpoint.source import Source
+from jax_nvfp4_moe.checkpoint.values import check_block_scales, read_matrix, read_scalars
 from jax_nvfp4_moe.format import BLOCK_SIZE
 
 # The values of each byte: as an E4M3 scale, and as two packed E2M1 codes.
@@ -187,7 +188,7 @@ def _planned(source: Source, number: int) -> tuple[LayerReport, ExpertTensors | 
 
 def _scalars(found: LayerReport, experts: ExpertTensors) -> None:
     parts = experts.parts
-    weights = experts.scalars(experts.roles, parts.global_scale)
+    weights = read_scalars(experts, experts.roles, parts.global_scale)
     found.global_scale = _range(weights)
     if found.global_scale[1] > _LARGEST_DECODE:
         stored = "inverse (encode) " if not parts.encode else ""
@@ -205,8 +206,8 @@ def _scalars(found: LayerReport, experts: ExpertTensors) -> None:
     if found.scheme != "static" or experts.absent(parts.input_scale):
         return
     experts.check_scalars(parts.input_scale)
-    found.w13_input_scale = _range(experts.scalars(experts.w13_roles, parts.input_scale))
-    found.w2_input_scale = _range(experts.scalars(("down",), parts.input_scale))
+    found.w13_input_scale = _range(read_scalars(experts, experts.w13_roles, parts.input_scale))
+    found.w2_input_scale = _range(read_scalars(experts, ("down",), parts.input_scale))
     for name in ("w13_input_scale", "w2_input_scale"):
         low, high = getattr(found, name)
         if high > 16 * low:
@@ -231,18 +232,18 @@ def _values(
         original.check_unquantized()
         found.errors = np.zeros(len(ERROR_EDGES) - 1, np.int64)
     for role in experts.roles:
-        global_scale = experts.scalars((role,), experts.parts.global_scale)[:, 0]
+        global_scale = read_scalars(experts, (role,), experts.parts.global_scale)[:, 0]
         for expert in range(experts.num_experts):
-            scale = experts.matrix(role, experts.parts.scale, expert)
-            data = experts.matrix(role, experts.parts.data, expert)
-            experts.check_block_scales(role, expert, scale)
+            scale = read_matrix(experts, role, experts.parts.scale, expert)
+            data = read_matrix(experts, role, experts.parts.data, expert)
+            check_block_scales(experts, role, expert, scale)
             found.block_scales += np.bincount(scale.view(np.uint8).reshape(-1), minlength=256)
             advance(scale.nbytes + data.nbytes)
             if original is None or found.errors is None:
                 continue
             blocks = _PAIRS[data].reshape(*scale.shape, BLOCK_SIZE)
             blocks = blocks * (E4M3[scale.view(np.uint8)] * global_scale[expert])[..., None]
-            weights = original.matrix(role, "weight", expert).astype(np.float32)
+            weights = read_matrix(original, role, "weight", expert).astype(np.float32)
             weights = weights.reshape(blocks.shape)
             power = np.square(weights).sum(-1)
             error = np.sqrt(np.square(blocks - weights).sum(-1) / np.where(power > 0, power, 1))

@@ -1,28 +1,23 @@
-"""The expert matrices of one layer of a checkpoint: their tensors, checks, and values."""
+"""The expert matrices of one layer of a checkpoint: their tensors, and checks of headers."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
-
-import numpy as np
+from collections.abc import Iterable, Iterator
 
 from jax_nvfp4_moe.checkpoint.errors import (
     ConfigError,
-    ScaleError,
     TensorError,
     UnsupportedCheckpointError,
     mismatch_error,
     missing_error,
 )
-from jax_nvfp4_moe.checkpoint.files import TensorFiles, empty_aligned
+from jax_nvfp4_moe.checkpoint.files import TensorFiles
 from jax_nvfp4_moe.checkpoint.names import BlockNames
-from jax_nvfp4_moe.checkpoint.scales import bad_block_scales, decoded_scalars
 from jax_nvfp4_moe.checkpoint.scheme import MODELOPT, Parts, Scheme
 from jax_nvfp4_moe.experts import ActivationScheme
 from jax_nvfp4_moe.format import BLOCK_SIZE
 
 FLOATS = ("BF16", "F16", "F32")
-Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +120,6 @@ class ExpertTensors:
             )
         return stated
 
-    # ---------------------------------------------------------------------------------- headers
-
     def check_quantized(self) -> None:
         """Checks that all data, scales and biases have the right dtypes and shapes.
 
@@ -139,7 +132,7 @@ class ExpertTensors:
             self._check(role, self.parts.scale, ("F8_E4M3",), BLOCK_SIZE)
         self.check_scalars(self.parts.global_scale)
         for roles in (self.w13_roles, ("down",)):
-            self._has_biases(roles)
+            self.has_biases(roles)
         first = self.names.tensor("up", self.parts.scale)
         surplus = self.names.tensor("up", self.parts.scale, self.num_experts)
         if surplus != first and surplus in self.files:
@@ -209,7 +202,7 @@ class ExpertTensors:
         hidden, intermediate = self.hidden_size, self.intermediate_size
         return (hidden, intermediate) if role == "down" else (intermediate, hidden)
 
-    def _has_biases(self, roles: tuple[str, ...]) -> bool:
+    def has_biases(self, roles: tuple[str, ...]) -> bool:
         """Whether rows have biases; raises TensorError where only some have."""
         names = dict.fromkeys(self.tensors(roles, "bias"))
         absent = [name for name in names if name not in self.files]
@@ -226,115 +219,6 @@ class ExpertTensors:
                 if info.dtype not in FLOATS or info.shape != shape:
                     raise mismatch_error(name, info.dtype, info.shape, FLOATS, str(shape))
         return True
-
-    # ----------------------------------------------------------------------------------- values
-
-    def matrix(self, role: str, part: str, expert: int) -> np.ndarray:
-        """A view of a part of one matrix, outputs first."""
-        leading = (expert,) if self.stacked else ()
-        view = self.files.view(self.names.tensor(role, part, expert), *leading)
-        view = view.T if self.names.experts.transposed else view
-        return self._half(role, view)
-
-    def stack(
-        self, roles: tuple[str, ...], part: str, index: Index, advance: Callable[[int], None]
-    ) -> np.ndarray:
-        """Reads a slice of the matrices, stacked by experts and by the rows of the roles.
-
-        Args:
-            roles: whose rows, in this order.
-            part: `data`, `scale`, or the weights themselves.
-            index: the slice of [E, rows, columns].
-            advance: called with the bytes read, as they are read.
-        """
-        first = self.files[self.names.tensor(roles[0], part)]
-        height, columns = self.matrix(roles[0], part, 0).shape
-        shape = (self.num_experts, len(roles) * height, columns)
-        experts, rows, cols = (range(n)[s] for n, s in zip(shape, index, strict=True))
-        out = empty_aligned((len(experts), len(rows), len(cols)), first.numpy_dtype)
-        for row, expert in enumerate(experts):
-            for number, role in enumerate(roles):
-                start = max(rows.start, number * height)
-                stop = min(rows.stop, (number + 1) * height)
-                if start >= stop:
-                    continue
-                matrix = self.matrix(role, part, expert)
-                if part == self.parts.scale:
-                    self.check_block_scales(role, expert, matrix)
-                piece = out[row, start - rows.start : stop - rows.start]
-                begin = number * height
-                piece[...] = matrix[start - begin : stop - begin, cols.start : cols.stop]
-                advance(piece.nbytes)
-        return out
-
-    def scalars(self, roles: tuple[str, ...], part: str) -> np.ndarray:
-        """Reads decode scales of one kind, float32 [E, roles].
-
-        Raises:
-            ScaleError: one is not finite, or not above 0.
-        """
-        out = np.empty((self.num_experts, len(roles)), np.float32)
-        for column, role in enumerate(roles):
-            if self.stacked:
-                out[:, column] = self.files.view(self.names.tensor(role, part)).reshape(-1)
-                continue
-            for expert in range(self.num_experts):
-                name = self.names.tensor(role, part, expert)
-                out[expert, column] = self.files.view(name).item()
-        decoded, bad = decoded_scalars(out, self.parts)
-        if bad.any():
-            expert, column = np.argwhere(bad)[0]
-            name = self.names.tensor(roles[column], part, int(expert))
-            raise ScaleError(
-                f"{name} is {out[expert, column]!s}, expected a finite scale above 0 "
-                f"(bad scales of this kind: {bad.sum()} of {bad.size})"
-            )
-        return decoded
-
-    def biases(self, roles: tuple[str, ...]) -> np.ndarray | None:
-        """Reads biases of rows stacked as in `stack`, float32 [E, rows]; None without biases.
-
-        Raises:
-            TensorError: a value is not finite.
-        """
-        if not self._has_biases(roles):
-            return None
-        columns = []
-        for role in roles:
-            names = [self.names.tensor(role, "bias", e) for e in range(self.num_experts)]
-            leading = [(e,) if self.stacked else () for e in range(self.num_experts)]
-            views = (self.files.view(n, *at) for n, at in zip(names, leading, strict=True))
-            each = np.stack([self._half(role, view) for view in views]).astype(np.float32)
-            if not np.isfinite(each).all():
-                name = names[int(np.argwhere(~np.isfinite(each))[0, 0])]
-                raise TensorError(f"{name} has NaN or infinite values")
-            columns.append(each)
-        return np.concatenate(columns, axis=1)
-
-    def _half(self, role: str, rows: np.ndarray) -> np.ndarray:
-        """Gate's or up's rows of a tensor that may hold both."""
-        own = self.names.experts
-        if not own.fused or role == "down":
-            return rows
-        if own.interleaved:
-            return rows[("gate", "up").index(role) :: 2]
-        return np.split(rows, 2)[("gate", "up").index(role)]
-
-    def check_block_scales(self, role: str, expert: int, scales: np.ndarray) -> None:
-        """Checks a matrix's block scales.
-
-        Raises:
-            ScaleError: one is NaN or negative, or zero for a block that is not.
-        """
-        found = bad_block_scales(scales, lambda: self.matrix(role, self.parts.data, expert))
-        if found is None:
-            return
-        what, bad = found
-        where = "".join(f"[{i}]" for i in np.argwhere(bad)[0])
-        raise ScaleError(
-            f"{self.names.tensor(role, self.parts.scale, expert)}: {bad.sum()} of {bad.size} block "
-            f"scales are {what}, the first at {where} of expert {expert}'s {role}"
-        )
 
 
 def _swizzled(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jax_nvfp4_moe._messages import check_name, described
-from jax_nvfp4_moe.checkpoint.matrices import Index
+from jax_nvfp4_moe.checkpoint.values import Index
 from jax_nvfp4_moe.experts import ActivationScheme
 
 InputScale = Literal["global_max", "per_expert"]

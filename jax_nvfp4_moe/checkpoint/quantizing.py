@@ -19,6 +19,7 @@ from jax_nvfp4_moe.checkpoint.names import BlockNames
 from jax_nvfp4_moe.checkpoint.saving import narrow_bias
 from jax_nvfp4_moe.checkpoint.scheme import MODELOPT, PARTS, Format
 from jax_nvfp4_moe.checkpoint.source import LayerTensors, Source
+from jax_nvfp4_moe.checkpoint.values import read_biases
 from jax_nvfp4_moe.checkpoint.writing import (
     SHARD_BYTES,
     check_output_options,
@@ -107,7 +108,7 @@ def _quantized(
     scales = {}
     if samples is not None:
         scales = activation_scales(source, layer, samples)
-    biases = {role: experts.biases((role,)) for role in experts.roles}
+    biases = {role: read_biases(experts, (role,)) for role in experts.roles}
     for expert in range(experts.num_experts):
         for role in experts.roles:
             q = _quantize(unquantized_matrix(experts, role, expert))

@@ -208,5 +208,5 @@ def _positive(sizes: ModelSizes) -> ModelSizes:
     for name, value in vars(sizes).items():
         least = 0 if name == "shared_intermediate_size" else 1
         if value < least:
-            raise ConfigError(f"config.json makes {name} {value}, expected at least {least}")
+            raise ConfigError(f"config.json gives {name} {value}, expected at least {least}")
     return sizes

@@ -282,7 +282,7 @@ BAD_CONFIG = {
     ),
     "no-layers": (
         False, spoil_config(num_hidden_layers=0),
-        ConfigError, "config.json makes num_layers 0, expected at least 1",
+        ConfigError, "config.json gives num_layers 0, expected at least 1",
     ),
     "top-k": (
         False, spoil_config(num_experts_per_tok=5),
