@@ -126,6 +126,6 @@ def check_block_scales(tensors: ExpertTensors, role: str, expert: int, scales: n
     where = "".join(f"[{i}]" for i in np.argwhere(bad)[0])
     name = tensors.names.tensor(role, tensors.parts.scale, expert)
     raise ScaleError(
-        f"{name}: {bad.sum()} of {bad.size} block scales are {what}, the first at {where} of expert "
-        f"{expert}'s {role}"
+        f"{name}: {bad.sum()} of {bad.size} block scales are {what}, the first at {where} of "
+        f"expert {expert}'s {role}"
     )
