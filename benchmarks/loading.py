@@ -31,7 +31,8 @@ import jax_nvfp4_moe as nvm
 from benchmarks import machine, results
 from benchmarks.layers import LAYERS
 from benchmarks.memory import status
-from jax_nvfp4_moe.checkpoint.files import TensorFiles, write_json, write_tensors
+from jax_nvfp4_moe.checkpoint.files import TensorFiles
+from jax_nvfp4_moe.checkpoint.writing import write_json, write_tensors
 
 LAYER = 3  # as in DeepSeek-V3, whose first three are dense
 BLOCK = f"model.layers.{LAYER}.mlp.experts"

@@ -21,7 +21,7 @@ import jax_nvfp4_moe
 from jax_nvfp4_moe import checkpoint
 from jax_nvfp4_moe.checkpoint import CheckpointError
 from jax_nvfp4_moe.checkpoint.files import TensorFiles
-from jax_nvfp4_moe.checkpoint.inspection import LayerReport, Report, inspect_checkpoint
+from jax_nvfp4_moe.checkpoint.inspection import CheckpointReport, LayerReport, inspect_checkpoint
 
 if TYPE_CHECKING:
     from jax_nvfp4_moe.build.building import Build
@@ -343,12 +343,12 @@ def _plain_errors(*more: type[Exception]) -> Iterator[None]:
         sys.exit(_FAILED)
 
 
-def _problems(report: Report) -> list[str]:
+def _problems(report: CheckpointReport) -> list[str]:
     each = [f"layer {one.layer}: {problem}" for one in report.layers for problem in one.problems]
     return report.problems + each
 
 
-def _print(report: Report, as_json: bool) -> None:
+def _print(report: CheckpointReport, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report.json(), indent=2))
         return
@@ -383,7 +383,7 @@ _COLUMNS: dict[str, Callable[[LayerReport], str]] = {
 }
 
 
-def _table(report: Report) -> Table:
+def _table(report: CheckpointReport) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)

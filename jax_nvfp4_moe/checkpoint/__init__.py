@@ -1,6 +1,6 @@
-"""NVFP4 checkpoints in ModelOpt's and compressed-tensors' formats: load, save, convert, quantise.
+"""Loads, saves, converts and quantises NVFP4 checkpoints of ModelOpt and compressed-tensors.
 
-Needs the extra `checkpoint` (safetensors, tqdm), imported only when a function is called.
+Needs the extra `checkpoint` (safetensors, tqdm), which is imported when a function is called.
 """
 
 from jax_nvfp4_moe.checkpoint.conversion import convert_checkpoint as convert_checkpoint

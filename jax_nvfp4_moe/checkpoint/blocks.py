@@ -1,7 +1,7 @@
-"""One mixture-of-experts block of a checkpoint: planned from headers, then read.
+"""Plans for reading a block of a checkpoint.
 
-A plan checks everything that headers show, so that whatever can be refused is refused before the
-first value is read.
+A plan checks everything that headers show, so that errors are raised before the first value is
+read where possible. `read` then reads the values and checks them.
 """
 
 import dataclasses
@@ -13,50 +13,50 @@ from jax_nvfp4_moe.checkpoint.errors import (
     MissingInputScaleError,
     TensorError,
     UnsupportedCheckpointError,
+    first_names,
+    mismatch_error,
+    missing_error,
 )
-from jax_nvfp4_moe.checkpoint.matrices import FLOATS, ExpertTensors, listed, mismatch, missing
+from jax_nvfp4_moe.checkpoint.matrices import FLOATS, ExpertTensors
 from jax_nvfp4_moe.checkpoint.options import Advance, Options
 from jax_nvfp4_moe.checkpoint.scheme import MODELOPT
-from jax_nvfp4_moe.checkpoint.source import Source
+from jax_nvfp4_moe.checkpoint.source import LayerTensors, Source
+from jax_nvfp4_moe.checkpoint.values import read_biases, read_matrix, read_scalars, read_stack
 from jax_nvfp4_moe.experts import ActivationScheme, ExpertWeights, check_experts
 from jax_nvfp4_moe.layer import Mlp, MoeLayer, Router
 from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 
 
-class QuantizedExperts:
-    """The plan of `ExpertWeights`.
+class ExpertsPlan:
+    """The plan for reading `ExpertWeights`.
 
     Attributes:
-        names: the tensors it takes.
-        nbytes: their bytes.
+        names: the tensors to read.
+        nbytes: their size in bytes.
     """
 
-    def __init__(
-        self, source: Source, tensors: ExpertTensors, options: Options, *, alone: bool = False
-    ) -> None:
-        """Plans.
+    def __init__(self, tensors: ExpertTensors, options: Options, *, shared: bool = False) -> None:
+        """Checks headers.
 
         Args:
-            source: the checkpoint.
             tensors: the experts.
             options: how to load them.
-            alone: whether this is a shared expert, which every device holds whole.
+            shared: whether this is a shared expert, which every device holds in full.
 
         Raises:
-            CheckpointError: the tensors are not what they should be.
-            ValueError: the experts cannot be split as the options say.
+            CheckpointError: a tensor is missing, or contradicts the format or the config.
+            ValueError: the experts cannot be split over the mesh.
         """
         self._tensors = tensors
-        self._options = dataclasses.replace(options, expert_axis=None) if alone else options
+        self._options = dataclasses.replace(options, expert_axis=None) if shared else options
         self._options.check_split(tensors.num_experts)
-        says = source.activation_scheme(tensors)
-        if says is None:
+        if tensors.activation_scheme is None:
             raise UnsupportedCheckpointError(
                 f"{tensors.block} has experts that are not quantised: "
-                "`python -m jax_nvfp4_moe quantize` makes a checkpoint whose experts are"
+                "`python -m jax_nvfp4_moe quantize` makes a checkpoint with experts in NVFP4"
             )
         tensors.check_quantized()
-        self._scheme: ActivationScheme = self._activation_scheme(says)
+        self._scheme: ActivationScheme = self._activation_scheme(tensors.activation_scheme)
         parts = tensors.parts
         every = [parts.data, parts.scale, parts.global_scale, parts.input_scale, "bias"]
         found = (name for part in every for name in tensors.tensors(tensors.roles, part))
@@ -64,16 +64,16 @@ class QuantizedExperts:
         self.nbytes = sum(tensors.files[name].nbytes for name in self.names)
         bulk = {name for part in every[:2] for name in tensors.tensors(tensors.roles, part)}
         self._rest = sum(tensors.files[name].nbytes for name in self.names - bulk)
-        if beside := [name for name in tensors.beside() if name not in self.names]:
+        if unknown := [name for name in tensors.same_prefix() if name not in self.names]:
             raise UnsupportedCheckpointError(
-                f"{listed(beside)} {'are' if len(beside) > 1 else 'is'} beside the experts' "
-                "matrices: this is not plain NVFP4"
+                f"{first_names(unknown)} {'belong' if len(unknown) > 1 else 'belongs'} to the "
+                "experts, but plain NVFP4 has no such tensor"
             )
 
-    def _activation_scheme(self, says: ActivationScheme) -> ActivationScheme:
-        """Which one is loaded: what the checkpoint says or what was asked for instead."""
+    def _activation_scheme(self, stated: ActivationScheme) -> ActivationScheme:
+        """The scheme to load: the one that the checkpoint states, unless options override it."""
         tensors, options = self._tensors, self._options
-        wanted = options.activation_scheme or says
+        wanted = options.activation_scheme or stated
         if wanted != "static":
             return wanted
         part = tensors.parts.input_scale
@@ -81,31 +81,32 @@ class QuantizedExperts:
             if options.on_missing_input_scale != "error":
                 return options.on_missing_input_scale
             raise MissingInputScaleError(
-                f"{listed(absent)} {'are' if len(absent) > 1 else 'is'} missing, without which "
-                "activations have no calibrated scale: on_missing_input_scale='per_token' takes "
-                "each token's own instead, 'none' does not quantise activations (W4A16)"
+                f"{first_names(absent)} {'are' if len(absent) > 1 else 'is'} missing, so that "
+                "activations have no calibrated scale: on_missing_input_scale='per_token' computes "
+                "a scale for each token, 'none' leaves activations unquantised (W4A16)"
             )
         tensors.check_scalars(part)
         return "static"
 
     def read(self, advance: Advance) -> ExpertWeights:
-        """Reads, and checks values.
+        """Reads the experts and checks their values.
 
         Raises:
-            CheckpointError: a scale or a bias has a value that it cannot have.
+            CheckpointError: a scale is not a finite number above 0, or a bias is not finite.
         """
         tensors, roles = self._tensors, self._tensors.w13_roles
-        # Scalars first: they are small, and what is wrong with them ends the reading early.
-        w13_scale = tensors.scalars(roles, tensors.parts.global_scale)
-        w2_scale = tensors.scalars(("down",), tensors.parts.global_scale)[:, 0]
+        # Scalars first: they are small, and a bad one ends the reading early.
+        w13_scale = read_scalars(tensors, roles, tensors.parts.global_scale)
+        w2_scale = read_scalars(tensors, ("down",), tensors.parts.global_scale)[:, 0]
         w13_input_scale = w2_input_scale = None
         if self._scheme == "static":
-            w13_input_scale = self._input_scale(tensors.scalars(roles, tensors.parts.input_scale))
-            down = tensors.scalars(("down",), tensors.parts.input_scale)[:, 0]
+            part = tensors.parts.input_scale
+            w13_input_scale = self._input_scale(read_scalars(tensors, roles, part))
+            down = read_scalars(tensors, ("down",), part)[:, 0]
             w2_input_scale = self._input_scale(down)
         experts = ExpertWeights(
-            w13=self._matrices(roles, self._placed(_shared(w13_scale)), advance),
-            w2=self._matrices(("down",), self._placed(w2_scale), advance),
+            w13=self._matrices(roles, self._sharded(_shared_scale(w13_scale)), advance),
+            w2=self._matrices(("down",), self._sharded(w2_scale), advance),
             w13_input_scale=w13_input_scale,
             w2_input_scale=w2_input_scale,
             w13_bias=self._biases(roles),
@@ -124,11 +125,11 @@ class QuantizedExperts:
     ) -> Nvfp4Array:
         def array(part: str) -> Array:
             tensors = self._tensors
-            rows, columns = tensors.matrix(roles[0], part, 0).shape
-            return self._options.split(
+            rows, columns = read_matrix(tensors, roles[0], part, 0).shape
+            return self._options.sharded(
                 (tensors.num_experts, len(roles) * rows, columns),
-                tensors.files[tensors.tensor(roles[0], part)].numpy_dtype,
-                lambda index: tensors.stack(roles, part, index, advance),
+                tensors.files[tensors.names.tensor(roles[0], part)].numpy_dtype,
+                lambda index: read_stack(tensors, roles, part, index, advance),
             )
 
         parts = self._tensors.parts
@@ -136,37 +137,37 @@ class QuantizedExperts:
 
     def _input_scale(self, scales: np.ndarray) -> Array:
         if self._options.input_scale == "global_max":
-            return self._options.whole(scales.max())
-        return self._placed(scales)
+            return self._options.replicated(scales.max())
+        return self._sharded(scales)
 
-    def _placed(self, values: np.ndarray) -> Array:
-        return self._options.split(values.shape, values.dtype, lambda index: values[index])
+    def _sharded(self, values: np.ndarray) -> Array:
+        return self._options.sharded(values.shape, values.dtype, lambda index: values[index])
 
     def _biases(self, roles: tuple[str, ...]) -> Array | None:
-        biases = self._tensors.biases(roles)
-        return None if biases is None else self._placed(biases)
+        biases = read_biases(self._tensors, roles)
+        return None if biases is None else self._sharded(biases)
 
 
-def _shared(scale: np.ndarray) -> np.ndarray:
-    """Gate's and up's global scales [E, G] as [E, 1] where all pairs are equal."""
+def _shared_scale(scale: np.ndarray) -> np.ndarray:
+    """Global scales of gate and up: [E, 1] where all pairs are equal, else [E, G] as given."""
     return scale[:, :1] if (scale == scale[:, :1]).all() else scale
 
 
-class PlainTensors:
-    """The plan of a block's tensors that are no expert's: all floating point.
+class RouterPlan:
+    """The plan for reading a block's router, gates and projections, all in floating point.
 
     Attributes:
-        names: the tensors it takes, by what they are.
+        names: the tensors to read, by their meaning.
     """
 
-    def __init__(self, source: Source, layer: int) -> None:
-        """Plans.
+    def __init__(self, source: Source, layer: LayerTensors) -> None:
+        """Checks headers.
 
         Raises:
-            TensorError: one is missing, or of another dtype or shape.
+            TensorError: a tensor is missing, or has another dtype or shape.
         """
         self._source = source
-        family, sizes, block = source.family, source.sizes, source.place(layer)[0]
+        family, sizes, block = source.family, source.sizes, layer.names.block
         experts, hidden, latent = sizes.num_experts, sizes.hidden_size, sizes.expert_hidden_size
         to_latent, from_latent = family.latent or (None, None)
         in_latent = latent != hidden
@@ -186,14 +187,14 @@ class PlainTensors:
                 continue
             full = f"{block}.{name}"
             if full not in source.files:
-                raise missing([full], what.replace("_", " "))
+                raise missing_error([full], what.replace("_", " "))
             info = source.files[full]
             if info.dtype not in FLOATS or info.shape != shape:
-                raise mismatch(full, info, FLOATS, str(shape))
+                raise mismatch_error(full, info.dtype, info.shape, FLOATS, str(shape))
             self.names[what] = full
 
     def read(self, options: Options, advance: Advance) -> tuple[Router, dict[str, Array]]:
-        """The router, and the rest by what it is.
+        """Reads the router, and the other tensors by their meaning.
 
         Raises:
             TensorError: a value is not finite.
@@ -215,7 +216,7 @@ class PlainTensors:
 
 
 def read_plain(source: Source, name: str, options: Options, advance: Advance) -> Array:
-    """A floating-point tensor, on every device.
+    """Reads a floating-point tensor, which every device gets in full.
 
     Raises:
         TensorError: a value is not finite.
@@ -224,45 +225,44 @@ def read_plain(source: Source, name: str, options: Options, advance: Advance) ->
     if not np.isfinite(values).all():
         raise TensorError(f"{name} has NaN or infinite values")
     advance(values.nbytes)
-    return options.whole(values)
+    return options.replicated(values)
 
 
-class Block:
-    """The plan of a `MoeLayer`.
+class LayerPlan:
+    """The plan for reading a `MoeLayer`.
 
     Attributes:
-        names: the tensors it takes.
+        names: the tensors to read.
     """
 
-    def __init__(self, source: Source, layer: int, options: Options) -> None:
-        """Plans.
+    def __init__(self, source: Source, layer: LayerTensors, options: Options) -> None:
+        """Checks headers.
 
         Raises:
-            CheckpointError, ValueError: as `QuantizedExperts`; or a tensor of the router or of the
-                shared expert is not what it should be.
+            CheckpointError, ValueError: as `ExpertsPlan` and `RouterPlan`.
         """
         self._source, self._options = source, options
-        self._experts = QuantizedExperts(source, source.experts(layer), options)
-        self._plain = PlainTensors(source, layer)
-        self._shared = source.shared(layer)
+        self._experts = ExpertsPlan(layer.experts, options)
+        self._router = RouterPlan(source, layer)
+        self._shared = layer.shared
         self._shared_experts = None
-        self.names = self._experts.names | set(self._plain.names.values())
+        self.names = self._experts.names | set(self._router.names.values())
         if self._shared is None:
             return
-        if source.activation_scheme(self._shared) is not None:
-            self._shared_experts = QuantizedExperts(source, self._shared, options, alone=True)
+        if self._shared.activation_scheme is not None:
+            self._shared_experts = ExpertsPlan(self._shared, options, shared=True)
             self.names |= self._shared_experts.names
         else:
             self._shared.check_unquantized()
             self.names |= set(self._shared.tensors(self._shared.roles, MODELOPT.data))
 
     def read(self, advance: Advance) -> MoeLayer:
-        """Reads, and checks values.
+        """Reads the layer and checks its values.
 
         Raises:
-            CheckpointError: a value is not what it can be.
+            CheckpointError: a scale is not a finite number above 0, or another value not finite.
         """
-        router, plain = self._plain.read(self._options, advance)
+        router, plain = self._router.read(self._options, advance)
         return MoeLayer(
             router=router,
             experts=self._experts.read(advance),
@@ -279,7 +279,7 @@ class Block:
             return None
         read = {
             role: read_plain(
-                self._source, self._shared.tensor(role, MODELOPT.data), self._options, advance
+                self._source, self._shared.names.tensor(role, MODELOPT.data), self._options, advance
             )
             for role in self._shared.roles
         }

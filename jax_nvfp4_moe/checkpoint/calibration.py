@@ -1,4 +1,4 @@
-"""Activation scales from sample activations."""
+"""Activation scales, calibrated on sample activations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,24 +9,25 @@ from jaxtyping import ArrayLike, Float
 
 from jax_nvfp4_moe._messages import described
 from jax_nvfp4_moe.activations import activate
-from jax_nvfp4_moe.checkpoint.blocks import PlainTensors
+from jax_nvfp4_moe.checkpoint.blocks import RouterPlan
 from jax_nvfp4_moe.checkpoint.errors import TensorError
 from jax_nvfp4_moe.checkpoint.matrices import ExpertTensors
 from jax_nvfp4_moe.checkpoint.options import Options
 from jax_nvfp4_moe.checkpoint.scheme import MODELOPT
-from jax_nvfp4_moe.checkpoint.source import Source
+from jax_nvfp4_moe.checkpoint.source import LayerTensors, Source
+from jax_nvfp4_moe.checkpoint.values import read_biases, read_matrix
 from jax_nvfp4_moe.format import RANGE_MAX
 
-# Tokens as they enter a block; and what its router sees, where that is something else.
+# Tokens as they enter a block; in a pair, the router's input too, where the two differ.
 Samples = Float[ArrayLike, "T H"] | tuple[Float[ArrayLike, "T H"], Float[ArrayLike, "T H"]]
 Pair = tuple[np.ndarray, np.ndarray]
 
 
-def checked(calibration: Mapping[int, Samples], source: Source) -> dict[int, Pair]:
-    """Samples of every layer that has experts, in float32, as what the experts and the router see.
+def checked_samples(calibration: Mapping[int, Samples], source: Source) -> dict[int, Pair]:
+    """Returns each layer's samples in float32: the experts' input and the router's.
 
     Raises:
-        TypeError, ValueError: a layer's samples are missing, or are not what they should be.
+        TypeError, ValueError: a layer's samples are missing, or are not finite [T, H] arrays.
     """
     if not isinstance(calibration, Mapping):
         raise TypeError(
@@ -41,8 +42,8 @@ def checked(calibration: Mapping[int, Samples], source: Source) -> dict[int, Pai
         if isinstance(given, tuple) != paired:
             wanted = "a pair (x, router_input)" if paired else "tokens [T, H]"
             raise TypeError(f"calibration[{layer}] is {described(given)}, expected {wanted}")
-        x, seen = given if isinstance(given, tuple) else (given, given)
-        found[layer] = (_array(layer, x, source), _array(layer, seen, source))
+        x, router_input = given if isinstance(given, tuple) else (given, given)
+        found[layer] = (_array(layer, x, source), _array(layer, router_input, source))
     return found
 
 
@@ -59,49 +60,50 @@ def _array(layer: int, samples: Any, source: Source) -> np.ndarray:
     return array
 
 
-def scales(
-    source: Source, layer: int, experts: ExpertTensors, samples: Pair
-) -> dict[str, np.ndarray]:
-    """Decode scales of a layer's activations, float32 [E] by the role of the weights they meet.
+def activation_scales(source: Source, layer: LayerTensors, samples: Pair) -> dict[str, np.ndarray]:
+    """Returns decode scales of a layer's activations, float32 [E], by the role of the weights.
 
-    The largest magnitude among an expert's samples / 2688, as ModelOpt's; where there is none, that
-    among all experts'.
+    An expert's scale is the largest magnitude among its samples / 2688, as ModelOpt's. An expert
+    without samples gets the largest scale of the layer.
 
     Raises:
         ValueError: all samples are zero.
     """
+    experts = layer.experts
     x, router_input = samples
-    router, plain = PlainTensors(source, layer).read(Options(), lambda nbytes: None)
+    router, plain = RouterPlan(source, layer).read(Options(), lambda nbytes: None)
     ids, topk_weights = (np.asarray(array) for array in router(jnp.asarray(router_input)))
     if "to_latent" in plain:
         x = x @ np.asarray(plain["to_latent"], np.float32).T
     if source.family.router_weight_on_input:
         x = x * topk_weights
-    biases = experts.biases(experts.w13_roles)
+    biases = read_biases(experts, experts.w13_roles)
     largest = np.zeros((2, experts.num_experts), np.float32)
     for expert in range(experts.num_experts):
         rows = x[(ids == expert).any(axis=1)]
         if not len(rows):
             continue
-        w13 = np.concatenate([weights(experts, role, expert) for role in experts.w13_roles])
+        w13 = np.concatenate(
+            [unquantized_matrix(experts, role, expert) for role in experts.w13_roles]
+        )
         c1 = rows @ w13.T + (0 if biases is None else biases[expert])
         hidden = activate(jnp.asarray(c1), source.activation)
         largest[:, expert] = np.abs(rows).max(), np.abs(hidden).max()
-    everyones = largest.max(axis=1, keepdims=True)
-    if not everyones.all():
-        raise ValueError(f"calibration[{layer}] is zero wherever an expert sees it")
-    before_gemm1, before_gemm2 = np.where(largest > 0, largest, everyones) / np.float32(RANGE_MAX)
+    of_layer = largest.max(axis=1, keepdims=True)
+    if not of_layer.all():
+        raise ValueError(f"calibration[{layer.number}] is zero for all experts")
+    before_gemm1, before_gemm2 = np.where(largest > 0, largest, of_layer) / np.float32(RANGE_MAX)
     return {role: before_gemm2 if role == "down" else before_gemm1 for role in experts.roles}
 
 
-def weights(experts: ExpertTensors, role: str, expert: int) -> np.ndarray:
-    """An unquantised matrix in float32.
+def unquantized_matrix(experts: ExpertTensors, role: str, expert: int) -> np.ndarray:
+    """Returns an unquantised matrix in float32.
 
     Raises:
         TensorError: a value is not finite.
     """
-    matrix = experts.matrix(role, MODELOPT.data, expert).astype(np.float32)
+    matrix = read_matrix(experts, role, MODELOPT.data, expert).astype(np.float32)
     if not np.isfinite(matrix).all():
-        name = experts.tensor(role, MODELOPT.data, expert)
-        raise TensorError(f"{name} has NaN or infinite values, in expert {expert}'s {role}")
+        name = experts.names.tensor(role, MODELOPT.data, expert)
+        raise TensorError(f"{name} has NaN or infinite values in expert {expert}'s {role}")
     return matrix

@@ -1,15 +1,15 @@
 """compressed-tensors' quantisation configuration, read and written.
 
-It stands in ``config.json`` under "quantization_config" (compressed-tensors@0.20.0:
+It stands under "quantization_config" in ``config.json`` (compressed-tensors@0.20.0:
 compressed_tensors/quantization/quant_scheme.py). Targets and exceptions are module names, classes,
-or, with "re:" before them, regular expressions for the beginning of a name.
+or, after "re:", regular expressions that match the beginning of a name.
 """
 
 import re
 from typing import Any
 
 from jax_nvfp4_moe.checkpoint.errors import ConfigError, UnsupportedCheckpointError
-from jax_nvfp4_moe.checkpoint.scheme import Rule, Scheme, check_group_size, expected
+from jax_nvfp4_moe.checkpoint.scheme import Rule, Scheme, check_group_size, check_type
 from jax_nvfp4_moe.experts import ActivationScheme
 from jax_nvfp4_moe.format import BLOCK_SIZE
 
@@ -17,41 +17,42 @@ _FORMAT = "nvfp4-pack-quantized"
 
 
 def scheme(settings: dict[str, Any], source: str) -> Scheme:
-    """The scheme that a configuration describes.
+    """Returns the scheme that a configuration states.
 
     Args:
-        settings: what stands under "quantization_config".
+        settings: the object under "quantization_config".
         source: the file's name, for messages.
 
     Raises:
-        ConfigError: it is malformed.
-        UnsupportedCheckpointError: no group is NVFP4.
+        ConfigError: the configuration is malformed.
+        UnsupportedCheckpointError: no group is in NVFP4.
     """
-    groups = expected(settings.get("config_groups"), dict, "config_groups", source)
-    ignored = expected(settings.get("ignore") or [], list, "ignore", source)
+    groups = check_type(settings.get("config_groups"), dict, "config_groups", source)
+    ignored = check_type(settings.get("ignore") or [], list, "ignore", source)
     rules = [Rule(_pattern(name, source), None, None) for name in ignored]
     for name, value in groups.items():
-        group = expected(value, dict, f"config_groups[{name!r}]", source)
+        group = check_type(value, dict, f"config_groups[{name!r}]", source)
         format_ = group.get("format") or settings.get("format")
         found = _activation_scheme(group, source) if format_ == _FORMAT else None
-        for target in expected(group.get("targets"), list, "targets", source):
+        for target in check_type(group.get("targets"), list, "targets", source):
             rules.append(Rule(_pattern(target, source), found, str(format_)))
     if not any(rule.activation_scheme for rule in rules):
         raise UnsupportedCheckpointError(
-            f"{source}: format is {settings.get('format')!r}, expected {_FORMAT!r}, of 4-bit floats"
+            f"{source}: format is {settings.get('format')!r}, expected {_FORMAT!r} with 4-bit "
+            "floats"
         )
     return Scheme("compressed-tensors", tuple(rules), source, settings)
 
 
 def _activation_scheme(group: dict[str, Any], source: str) -> ActivationScheme | None:
-    weights = expected(group.get("weights"), dict, "weights", source)
+    weights = check_type(group.get("weights"), dict, "weights", source)
     if (weights.get("num_bits"), weights.get("type")) != (4, "float"):
         return None
     check_group_size(weights.get("group_size"), source)
     inputs = group.get("input_activations")
     if inputs is None:
         return "none"
-    inputs = expected(inputs, dict, "input_activations", source)
+    inputs = check_type(inputs, dict, "input_activations", source)
     if (inputs.get("num_bits"), inputs.get("type")) != (4, "float"):
         return None
     check_group_size(inputs.get("group_size"), source)
@@ -60,25 +61,25 @@ def _activation_scheme(group: dict[str, Any], source: str) -> ActivationScheme |
 
 
 def _pattern(name: Any, source: str) -> re.Pattern[str]:
-    name = expected(name, str, "a target or an exception", source)
+    name = check_type(name, str, "a target or an exception", source)
     if name.startswith("re:"):
         try:
-            expression = re.compile(name[3:]).pattern  # by itself: what follows may complete it
+            expression = re.compile(name[3:]).pattern  # alone first: "a)|(b" is none
             return re.compile(f"(?:{expression}).*")
         except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(f"{source}: {name!r} is not a regular expression: {error}") from None
-    # A class: experts' matrices are linear layers wherever this format is written.
+    # "Linear" is a class: expert matrices are linear layers wherever this format is written.
     return re.compile(".*" if name == "Linear" else re.escape(name))
 
 
 def settings(
     activation_scheme: ActivationScheme, ignored: list[str], kv_cache: str | None
 ) -> dict[str, Any]:
-    """What to write under "quantization_config": the inverse of `scheme` for one group.
+    """Returns the object under "quantization_config": the inverse of `scheme` for one group.
 
     Args:
         activation_scheme: "static", "per_token" or "none".
-        ignored: the modules that are not in NVFP4, by name or "re:" and an expression.
+        ignored: the modules that are not in NVFP4: names, or "re:" and an expression.
         kv_cache: None or "FP8".
     """
     numbers = {

@@ -1,20 +1,17 @@
-"""Safetensors directories: what is in them, lazily, and how they are written.
+"""Reading a directory of safetensors and JSON files.
 
-Headers are parsed and checked by the safetensors library. Tensors are NumPy views of the mapped
-file, mapped on request and for as long as the view lives, so that a process's memory holds what it
-is copying and not the files it has read.
+The safetensors library parses and checks headers. Tensors are NumPy views of mapped files. A file
+is mapped on request and as long as the view lives, so that a process's memory holds the tensor it
+copies and not the files it has read.
 """
 
 import collections
-import contextlib
 import dataclasses
 import importlib
 import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +22,9 @@ from jax_nvfp4_moe.checkpoint.errors import ConfigError, ShardError, TensorError
 
 INDEX = "model.safetensors.index.json"
 _LARGEST_JSON = 1 << 28  # bytes: far above any real index or config
-_ALIGNMENT = 64  # bytes: JAX uses an aligned array on the CPU as it is
+_ALIGNMENT = 64  # bytes: JAX on the CPU does not copy an aligned array
 
-# The dtypes of safetensors that NumPy and ml_dtypes have.
+# The dtypes of safetensors that NumPy or ml_dtypes has.
 DTYPES = {
     "U8": np.dtype(np.uint8),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -50,14 +47,14 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies, from its file's header.
+    """A tensor's entry in its file's header.
 
     Attributes:
-        dtype: as safetensors spells it.
-        shape: its shape.
-        file: the file.
-        offset: of its first byte in the file.
-        nbytes: of the whole tensor.
+        dtype: in safetensors' spelling.
+        shape: the shape.
+        file: the file that holds the tensor.
+        offset: the offset of its first byte in the file.
+        nbytes: its size in bytes.
     """
 
     dtype: str
@@ -73,10 +70,10 @@ class TensorInfo:
 
 
 class TensorFiles(Mapping[str, TensorInfo]):
-    """The tensors of a checkpoint directory by name; reads headers when made, and no tensor."""
+    """The tensors of a checkpoint directory by name. Construction reads headers alone."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Reads the index, if there is one, and every file's header.
+        """Reads the index, if it exists, and every file's header.
 
         Args:
             path: a directory with ``model.safetensors.index.json`` or ``*.safetensors``, or one
@@ -84,9 +81,9 @@ class TensorFiles(Mapping[str, TensorInfo]):
 
         Raises:
             FileNotFoundError: there is no such path.
-            ShardError: a file is missing, truncated or malformed, or the index names one outside.
+            ShardError: a file is missing, truncated, malformed, or outside the directory.
             ConfigError: the index is malformed.
-            TensorError: the index places a tensor where it is not.
+            TensorError: the index names a file for a tensor that is not in it.
         """
         path = Path(path)
         if not path.exists():
@@ -96,22 +93,22 @@ class TensorFiles(Mapping[str, TensorInfo]):
             self.directory, files, places = path.parent, [path], None
         else:
             self.directory = path
-            files, places = _listed(path)
+            files, places = _indexed(path)
         for file in files:
             for name, info in _header(file).items():
                 if places is not None and places.get(name) != file.name:
-                    continue  # the index decides; some exporters leave strays in their shards
+                    continue  # the index decides: some exporters leave stray tensors
                 if name in self._tensors:
-                    raise ShardError(f"{name} is both in {self._tensors[name].file} and in {file}")
+                    raise ShardError(f"{name} is in both {self._tensors[name].file} and {file}")
                 self._tensors[name] = info
         if places is not None and (absent := sorted(set(places) - set(self._tensors))):
             raise TensorError(
-                f"{path / INDEX} places {len(absent)} tensors in files that do not have them, the "
-                f"first is {absent[0]} in {places[absent[0]]}"
+                f"{path / INDEX} places {len(absent)} tensors in files that lack them, the first "
+                f"is {absent[0]} in {places[absent[0]]}"
             )
 
     def __getitem__(self, name: str) -> TensorInfo:
-        """Where the tensor lies."""
+        """The tensor's entry."""
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -119,14 +116,14 @@ class TensorFiles(Mapping[str, TensorInfo]):
         return iter(self._tensors)
 
     def __len__(self) -> int:
-        """How many tensors there are."""
+        """The number of tensors."""
         return len(self._tensors)
 
     def view(self, name: str, *leading: int) -> np.ndarray:
-        """A read-only view of a tensor, or of the part of it at some leading indices.
+        """A read-only view of a tensor, or of its part at some leading indices.
 
         Raises:
-            TensorError: the tensor has a dtype or a shape that NumPy lacks.
+            TensorError: NumPy cannot hold the tensor's dtype or shape.
         """
         info = self[name]
         if info.dtype not in DTYPES:
@@ -136,14 +133,14 @@ class TensorFiles(Mapping[str, TensorInfo]):
         for index, length in zip(leading, info.shape, strict=False):
             items = items * length + index
         offset = info.offset + items * math.prod(shape) * info.numpy_dtype.itemsize
-        # As bytes: np.memmap wants the offset of a typed map to be what it is not always, aligned.
+        # As bytes: np.memmap wants the offset of a typed map aligned, which it need not be.
         size = math.prod(shape) * info.numpy_dtype.itemsize
-        raw = np.empty(0, np.uint8)  # which cannot be mapped
+        raw = np.empty(0, np.uint8)  # an empty map is not allowed
         if size:
             raw = np.memmap(info.file, np.uint8, mode="r", offset=offset, shape=(size,))
         try:
             return np.asarray(raw).view(info.numpy_dtype).reshape(shape)
-        except ValueError as error:  # too many axes, or, beside one of length 0, too long ones
+        except ValueError as error:  # too many axes, or huge axes in an empty shape
             raise TensorError(
                 f"{name} has shape {info.shape}, which NumPy cannot hold: {error}"
             ) from None
@@ -151,21 +148,21 @@ class TensorFiles(Mapping[str, TensorInfo]):
     def array(self, name: str) -> np.ndarray:
         """A whole tensor, read into memory."""
         view = self.view(name)
-        out = aligned(view.shape, view.dtype)
+        out = empty_aligned(view.shape, view.dtype)
         out[...] = view
         return out
 
 
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that JAX need not copy on the CPU."""
+def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an uninitialised array that JAX on the CPU need not copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _listed(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files that hold tensors and, from an index, which file holds which tensor."""
+def _indexed(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files that hold tensors, and the index's map from tensors to files, if it exists."""
     index = directory / INDEX
     if not index.exists():
         files = sorted(directory.glob("*.safetensors"))
@@ -174,10 +171,10 @@ def _listed(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         return files, None
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
-        raise ConfigError(f"{index}: weight_map is not an object of file names, one per tensor")
+        raise ConfigError(f"{index}: weight_map is malformed, expected a file name for each tensor")
     names = sorted(set(places.values()))
     for name in names:
-        # Names only: symbolic links, with which Hugging Face's cache is built, may lead anywhere.
+        # Names alone are checked: the symbolic links of Hugging Face's cache may lead anywhere.
         if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
             raise ShardError(
                 f"{index} names the file {name!r}, expected a plain .safetensors file name: a "
@@ -188,14 +185,14 @@ def _listed(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 def _header(file: Path) -> dict[str, TensorInfo]:
     try:
-        there = file.is_file()
+        exists = file.is_file()
     except OSError:  # a name too long for the system
-        there = False
-    if not there:
+        exists = False
+    if not exists:
         raise ShardError(f"{file} is missing, or is not a file")
-    safetensors = require("safetensors")
+    safetensors = import_extra("safetensors")
     try:
-        # Checks lengths, offsets and dtypes; what follows may rely on them.
+        # This checks lengths, offsets and dtypes, which the code below relies on.
         with safetensors.safe_open(file, "numpy"):
             pass
         with file.open("rb") as stream:
@@ -210,24 +207,24 @@ def _header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _info(file: Path, start: int, entry: Any) -> TensorInfo:
-    if not isinstance(entry, dict):  # which the library lets pass, with fields by position
-        raise ValueError(f"a tensor is described by {entry!r:.80}, expected an object")
+    if not isinstance(entry, dict):  # the library accepts a list of the fields
+        raise ValueError(f"a tensor's entry is {entry!r:.80}, expected an object")
     begin, end = entry["data_offsets"]
     return TensorInfo(entry["dtype"], tuple(entry["shape"]), file, start + begin, end - begin)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which no name comes twice: readers differ on which one holds."""
+    """A JSON object; a repeated name is an error, since readers differ on which one holds."""
     found = dict(pairs)
     if len(found) < len(pairs):
         counts = collections.Counter(name for name, _ in pairs)
         twice = next(name for name, count in counts.items() if count > 1)
-        raise ValueError(f"{twice!r:.80} is there twice")
+        raise ValueError(f"the name {twice!r:.80} is repeated")
     return found
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """An object from a JSON file.
+    """Returns the object in a JSON file.
 
     Raises:
         ConfigError: the file is missing, too large, not JSON, or not an object.
@@ -235,7 +232,9 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"{file} is missing")
     if file.stat().st_size > _LARGEST_JSON:
-        raise ConfigError(f"{file} has {file.stat().st_size} bytes, too many for what it is")
+        raise ConfigError(
+            f"{file} has {file.stat().st_size} bytes, expected at most {_LARGEST_JSON}"
+        )
     try:
         found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -245,81 +244,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def require(module: str, *, extra: str = "checkpoint") -> Any:
-    """A module of one of the package's extras, imported only when it is needed."""
+def import_extra(module: str, *, extra: str = "checkpoint") -> Any:
+    """Imports and returns a module that one of the package's extras installs."""
     try:
         return importlib.import_module(module)
     except ImportError:
         raise ImportError(
             f"{module} is not installed: pip install 'jax_nvfp4_moe[{extra}]'"
         ) from None
-
-
-# ------------------------------------------------------------------------------------- writing
-
-
-@contextlib.contextmanager
-def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory to write into, which becomes `path` when the block ends without an error.
-
-    Raises:
-        FileExistsError: `path` exists and is not an empty directory.
-    """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an empty directory: nothing was written")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        partial.chmod(0o777 & ~_umask())
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_tensors(
-    directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
-) -> None:
-    """Writes tensors as they come, into files of about `shard_bytes`, with an index if several."""
-    require("safetensors")
-    from safetensors.numpy import save_file  # noqa: PLC0415
-
-    shards: list[list[str]] = []
-    held: dict[str, np.ndarray] = {}
-    total = 0
-
-    def flush() -> None:
-        shards.append(list(held))
-        save_file(held, directory / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-        held.clear()
-
-    for name, array in tensors:
-        if held and sum(a.nbytes for a in held.values()) + array.nbytes > shard_bytes:
-            flush()
-        held[name] = np.ascontiguousarray(array).reshape(array.shape)
-        total += array.nbytes
-    if held or not shards:
-        flush()
-    if len(shards) == 1:
-        (directory / "1.safetensors").rename(directory / "model.safetensors")
-        return
-    places = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"{number}.safetensors").rename(directory / file)
-        places |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    write_json(directory / INDEX, index)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes JSON as Hugging Face's tools do: indented by two, one newline at the end."""
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

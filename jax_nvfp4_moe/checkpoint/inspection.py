@@ -1,4 +1,4 @@
-"""What is in a checkpoint and what is wrong with it, as data; nothing here raises for a problem."""
+"""Inspection: the contents and the problems of a checkpoint, as data."""
 
 import dataclasses
 import os
@@ -8,20 +8,21 @@ import ml_dtypes
 import numpy as np
 
 from jax_nvfp4_moe.checkpoint._progress import progress_bar
-from jax_nvfp4_moe.checkpoint.blocks import Block, QuantizedExperts
+from jax_nvfp4_moe.checkpoint.blocks import ExpertsPlan, LayerPlan
 from jax_nvfp4_moe.checkpoint.errors import CheckpointError
 from jax_nvfp4_moe.checkpoint.matrices import ExpertTensors
 from jax_nvfp4_moe.checkpoint.options import Advance, Options
 from jax_nvfp4_moe.checkpoint.source import Source
+from jax_nvfp4_moe.checkpoint.values import check_block_scales, read_matrix, read_scalars
 from jax_nvfp4_moe.format import BLOCK_SIZE
 
-# The values of all bytes, as E4M3 and as the two E2M1 codes of packed data.
+# The values of each byte: as an E4M3 scale, and as two packed E2M1 codes.
 E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 _E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 _PAIRS = np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], axis=1)
-# Errors of a block, relative to its root mean square, in steps of a half percent up to a half.
+# Histogram edges of a block's error / its root mean square: 0 to 50 % in steps of 0.5 %.
 ERROR_EDGES = np.linspace(0, 0.5, 101)
-# A decode scale of weights is amax / 2688. Beyond this it is likely an encode scale.
+# A weight's decode scale is amax / 2688; above this it is likely an encode scale.
 _LARGEST_DECODE = 1.0
 
 Range = tuple[float, float]
@@ -32,22 +33,22 @@ class LayerReport:
     """One layer's experts.
 
     Attributes:
-        layer: its number.
-        scheme: of the activations: "static", "per_token", "none"; "unquantized" for experts that
-            are not in NVFP4, "unreadable" for those of which nothing can be said.
+        layer: the decoder layer, counted from 0.
+        scheme: the activation scheme; "unquantized" for experts that are not in NVFP4, "unreadable"
+            for experts whose headers have problems.
         num_experts: E.
         hidden_size: H.
         intermediate_size: I.
-        nbytes: what the experts take on disk.
+        nbytes: the experts' size on disk.
         global_scale: the smallest and the largest decode scale of their weights.
-        w13_input_scale: those of the activations before GEMM1; None where there are none.
-        w2_input_scale: before GEMM2, likewise.
-        gate_up_differ: experts whose gate and up have different global scales.
-        block_scales: how often each E4M3 byte is a block's scale, 256 numbers.
-        errors: how many blocks have which error relative to the original, by `ERROR_EDGES`; None
+        w13_input_scale: the same of GEMM1's activations; None without calibrated scales.
+        w2_input_scale: the same of GEMM2's activations.
+        gate_up_differ: the number of experts whose gate and up have different global scales.
+        block_scales: int64 [256]: the number of blocks with each E4M3 byte as their scale.
+        errors: the number of blocks by error relative to the original, between `ERROR_EDGES`; None
             without an original.
-        problems: what makes loading fail, and what is there but cannot be right.
-        notes: what is unusual and harmless here.
+        problems: reasons why loading fails, and values that are likely wrong.
+        notes: unusual properties that loading handles.
     """
 
     layer: int
@@ -67,19 +68,19 @@ class LayerReport:
 
 
 @dataclasses.dataclass
-class Report:
-    """A checkpoint.
+class CheckpointReport:
+    """A checkpoint's contents and problems.
 
     Attributes:
-        directory: where it is.
-        family: its model family.
+        directory: the path.
+        family: the model family.
         format: "modelopt", "compressed-tensors", or None: unquantised.
-        routing: how tokens are routed, as text; activation likewise.
-        activation: of the experts.
-        tensors: how many there are.
-        nbytes: of all tensors.
-        layers: those with experts.
-        problems: of the whole.
+        routing: the router's configuration, as text.
+        activation: the experts' activation, as text.
+        tensors: the number of tensors.
+        nbytes: the size of all tensors.
+        layers: the layers with experts.
+        problems: problems of the checkpoint as a whole.
     """
 
     directory: str
@@ -94,11 +95,11 @@ class Report:
 
     @property
     def sound(self) -> bool:
-        """Whether there are no problems, and there is something in NVFP4."""
+        """Whether there are no problems."""
         return not self.problems and not any(layer.problems for layer in self.layers)
 
     def json(self) -> dict[str, Any]:
-        """The same as what JSON can hold."""
+        """The report as values that JSON can hold."""
         found: dict[str, Any] = {**dataclasses.asdict(self), "sound": self.sound}
         for layer in found["layers"]:
             for name in ("block_scales", "errors"):
@@ -113,23 +114,23 @@ def inspect_checkpoint(
     values: bool = True,
     original: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
-) -> Report:
-    """Reads a checkpoint without making arrays of it.
+) -> CheckpointReport:
+    """Inspects a checkpoint without loading it.
 
     Args:
         path: a directory as for `load_checkpoint`.
-        values: whether to read scales and codes; if not, only headers and scalars are.
-        original: the unquantised checkpoint it was made of, for the errors.
+        values: whether to read block scales and codes, and not only headers and global scales.
+        original: the unquantised checkpoint that it was made from, to measure errors.
         progress: show a progress bar; None means where stderr is a terminal.
 
     Returns:
-        What was found. Problems are in it, not raised.
+        The report, which has the problems: they are not raised.
 
     Raises:
         FileNotFoundError: there is no such path.
         CheckpointError: `original` is not the unquantised model.
     """
-    report = Report(str(path))
+    report = CheckpointReport(str(path))
     try:
         source = Source(path)
         layers = source.layers
@@ -141,19 +142,19 @@ def inspect_checkpoint(
     report.routing, report.activation = str(source.routing), str(source.activation)
     report.tensors = len(source.files)
     report.nbytes = sum(info.nbytes for info in source.files.values())
-    beside = None if original is None else Source(original)
-    plans = {layer: _planned(source, layer) for layer in layers}
+    unquantized = None if original is None else Source(original)
+    plans = {number: _planned(source, number) for number in layers}
     total = sum(plan.nbytes for plan, _ in plans.values()) if values else 0
     with progress_bar("Reading", progress, total) as advance:
-        for layer, (found, experts) in plans.items():
+        for number, (found, experts) in plans.items():
             report.layers.append(found)
             if experts is None:
                 continue
             try:
                 _scalars(found, experts)
                 if values:
-                    unquantised = None if beside is None else beside.experts(layer)
-                    _values(found, experts, unquantised, advance)
+                    exact = None if unquantized is None else unquantized.layer(number).experts
+                    _values(found, experts, exact, advance)
             except CheckpointError as error:
                 found.problems.append(str(error))
     if not any(layer.scheme in ("static", "per_token", "none") for layer in report.layers):
@@ -161,26 +162,25 @@ def inspect_checkpoint(
     return report
 
 
-def _planned(source: Source, layer: int) -> tuple[LayerReport, ExpertTensors | None]:
-    """What headers show, and the experts if they can be read."""
-    found = LayerReport(layer)
+def _planned(source: Source, number: int) -> tuple[LayerReport, ExpertTensors | None]:
+    """A report from headers alone, and the experts if their values can be read."""
+    found = LayerReport(number)
     try:
-        experts = source.experts(layer)
+        layer = source.layer(number)
+        experts = layer.experts
         found.num_experts, found.hidden_size = experts.num_experts, experts.hidden_size
         found.intermediate_size = experts.intermediate_size
-        scheme = source.activation_scheme(experts)
-        if scheme is None:
+        if experts.activation_scheme is None:
             found.scheme = "unquantized"
             return found, None
-        found.scheme = scheme
-        # Missing activation scales are one problem, and not the only one worth knowing of.
-        plan = QuantizedExperts(source, experts, Options(on_missing_input_scale="none"))
-        found.nbytes = plan.nbytes
+        found.scheme = experts.activation_scheme
+        # With "none", missing activation scales do not hide other problems.
+        found.nbytes = ExpertsPlan(experts, Options(on_missing_input_scale="none")).nbytes
     except CheckpointError as error:
         found.problems.append(str(error))
         return found, None
     try:
-        Block(source, layer, Options())
+        LayerPlan(source, layer, Options())
     except CheckpointError as error:
         found.problems.append(str(error))
     return found, experts
@@ -188,7 +188,7 @@ def _planned(source: Source, layer: int) -> tuple[LayerReport, ExpertTensors | N
 
 def _scalars(found: LayerReport, experts: ExpertTensors) -> None:
     parts = experts.parts
-    weights = experts.scalars(experts.roles, parts.global_scale)
+    weights = read_scalars(experts, experts.roles, parts.global_scale)
     found.global_scale = _range(weights)
     if found.global_scale[1] > _LARGEST_DECODE:
         stored = "inverse (encode) " if not parts.encode else ""
@@ -201,19 +201,19 @@ def _scalars(found: LayerReport, experts: ExpertTensors) -> None:
         if found.gate_up_differ:
             found.notes.append(
                 f"{found.gate_up_differ} experts have different global scales for gate and up, "
-                "which are honoured here and not everywhere else"
+                "which some kernels refuse: share_scales(experts) gives them one"
             )
     if found.scheme != "static" or experts.absent(parts.input_scale):
         return
     experts.check_scalars(parts.input_scale)
-    found.w13_input_scale = _range(experts.scalars(experts.w13_roles, parts.input_scale))
-    found.w2_input_scale = _range(experts.scalars(("down",), parts.input_scale))
+    found.w13_input_scale = _range(read_scalars(experts, experts.w13_roles, parts.input_scale))
+    found.w2_input_scale = _range(read_scalars(experts, ("down",), parts.input_scale))
     for name in ("w13_input_scale", "w2_input_scale"):
         low, high = getattr(found, name)
         if high > 16 * low:
             found.notes.append(
-                f"{name} differs {high / low:.0f}-fold between experts: with the largest for all, "
-                "the others lose resolution"
+                f"{name} differs {high / low:.0f}-fold between experts: all experts use the "
+                "largest scale, which costs the others resolution"
             )
 
 
@@ -232,19 +232,19 @@ def _values(
         original.check_unquantized()
         found.errors = np.zeros(len(ERROR_EDGES) - 1, np.int64)
     for role in experts.roles:
-        global_scale = experts.scalars((role,), experts.parts.global_scale)[:, 0]
+        global_scale = read_scalars(experts, (role,), experts.parts.global_scale)[:, 0]
         for expert in range(experts.num_experts):
-            scale = experts.matrix(role, experts.parts.scale, expert)
-            data = experts.matrix(role, experts.parts.data, expert)
-            experts.check_scales(role, expert, scale)
+            scale = read_matrix(experts, role, experts.parts.scale, expert)
+            data = read_matrix(experts, role, experts.parts.data, expert)
+            check_block_scales(experts, role, expert, scale)
             found.block_scales += np.bincount(scale.view(np.uint8).reshape(-1), minlength=256)
             advance(scale.nbytes + data.nbytes)
             if original is None or found.errors is None:
                 continue
             blocks = _PAIRS[data].reshape(*scale.shape, BLOCK_SIZE)
             blocks = blocks * (E4M3[scale.view(np.uint8)] * global_scale[expert])[..., None]
-            exact = original.matrix(role, "weight", expert).astype(np.float32)
-            exact = exact.reshape(blocks.shape)
-            power = np.square(exact).sum(-1)
-            error = np.sqrt(np.square(blocks - exact).sum(-1) / np.where(power > 0, power, 1))
+            weights = read_matrix(original, role, "weight", expert).astype(np.float32)
+            weights = weights.reshape(blocks.shape)
+            power = np.square(weights).sum(-1)
+            error = np.sqrt(np.square(blocks - weights).sum(-1) / np.where(power > 0, power, 1))
             found.errors += np.histogram(np.clip(error, 0, ERROR_EDGES[-1]), ERROR_EDGES)[0]

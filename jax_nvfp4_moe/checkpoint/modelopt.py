@@ -1,9 +1,9 @@
 """NVIDIA ModelOpt's quantisation configuration, read and written.
 
-It stands in ``hf_quant_config.json``, under "quantization", or in ``config.json`` under
-"quantization_config", in two spellings (nvidia-modelopt@0.47.0:modelopt/torch/export/
-convert_hf_config.py). Patterns of excluded modules are those of `fnmatch`; what excludes a module
-excludes what is in it.
+It stands under "quantization" in ``hf_quant_config.json`` or under "quantization_config" in
+``config.json``, in two spellings (nvidia-modelopt@0.47.0:modelopt/torch/export/
+convert_hf_config.py). Patterns of excluded modules are those of `fnmatch`; a pattern that
+excludes a module excludes all modules in it.
 """
 
 import fnmatch
@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from jax_nvfp4_moe.checkpoint.errors import ConfigError, UnsupportedCheckpointError
-from jax_nvfp4_moe.checkpoint.scheme import Rule, Scheme, check_group_size, expected
+from jax_nvfp4_moe.checkpoint.scheme import Rule, Scheme, check_group_size, check_type
 from jax_nvfp4_moe.experts import ActivationScheme
 from jax_nvfp4_moe.format import BLOCK_SIZE
 
@@ -19,27 +19,27 @@ _ALGORITHMS: dict[str, ActivationScheme] = {"NVFP4": "static", "W4A16_NVFP4": "n
 
 
 def scheme(settings: dict[str, Any], source: str) -> Scheme:
-    """The scheme that a configuration describes.
+    """Returns the scheme that a configuration states.
 
     Args:
-        settings: what stands under "quantization" or "quantization_config".
+        settings: the object under "quantization" or "quantization_config".
         source: the file's name, for messages.
 
     Raises:
-        ConfigError: it is malformed.
-        UnsupportedCheckpointError: nothing in it is NVFP4.
+        ConfigError: the configuration is malformed.
+        UnsupportedCheckpointError: no module is in NVFP4.
     """
-    algorithm = expected(settings.get("quant_algo"), str, "quant_algo", source)
+    algorithm = check_type(settings.get("quant_algo"), str, "quant_algo", source)
     excluded = settings.get("exclude_modules", settings.get("ignore")) or []
-    excluded = expected(excluded, list, "the list of excluded modules", source)
+    excluded = check_type(excluded, list, "the list of excluded modules", source)
     rules = [
-        Rule(_pattern(expected(name, str, "an excluded module", source)), None, None)
+        Rule(_pattern(check_type(name, str, "an excluded module", source)), None, None)
         for name in excluded
     ]
     if algorithm == "MIXED_PRECISION":
-        layers = expected(settings.get("quantized_layers"), dict, "quantized_layers", source)
+        layers = check_type(settings.get("quantized_layers"), dict, "quantized_layers", source)
         for name, value in layers.items():
-            layer = expected(value, dict, f"quantized_layers[{name!r}]", source)
+            layer = check_type(value, dict, f"quantized_layers[{name!r}]", source)
             rules.append(_rule(_pattern(name), layer, layer.get("quant_algo"), source))
     else:
         rules.append(_rule(re.compile(".*"), settings, algorithm, source))
@@ -55,9 +55,9 @@ def _rule(pattern: re.Pattern[str], settings: dict[str, Any], algorithm: Any, so
     found = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
     if found is None:
         return Rule(pattern, None, str(algorithm))
-    groups = expected(settings.get("config_groups", {}), dict, "config_groups", source)
-    groups = [expected(group, dict, "a group", source) for group in groups.values()]
-    weights = [expected(group.get("weights", {}), dict, "weights", source) for group in groups]
+    groups = check_type(settings.get("config_groups", {}), dict, "config_groups", source)
+    groups = [check_type(group, dict, "a group", source) for group in groups.values()]
+    weights = [check_type(group.get("weights", {}), dict, "weights", source) for group in groups]
     for holder in (settings, *weights):
         check_group_size(holder.get("group_size", BLOCK_SIZE), source)
     # As vLLM reads it (vllm@0.33.0:vllm/model_executor/layers/quantization/modelopt.py:797-811).
@@ -71,7 +71,7 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def kv_cache(settings: dict[str, Any]) -> str | None:
-    """How the KV cache is quantised, by either spelling; not this package's business, but kept."""
+    """Returns the KV cache's quantisation in either spelling, or None; it is only passed on."""
     scheme = settings.get("kv_cache_scheme")
     if isinstance(scheme, dict):
         return "FP8" if (scheme.get("num_bits"), scheme.get("type")) == (8, "float") else "other"
@@ -81,10 +81,10 @@ def kv_cache(settings: dict[str, Any]) -> str | None:
 def settings(
     activation_scheme: ActivationScheme, excluded: list[str], kv_cache: str | None
 ) -> dict[str, Any]:
-    """What to write under "quantization": the inverse of `scheme` for one algorithm.
+    """Returns the object under "quantization": the inverse of `scheme` for one algorithm.
 
     Args:
-        activation_scheme: "static" or "none": the format has no name for "per_token".
+        activation_scheme: "static" or "none"; the format cannot express "per_token".
         excluded: patterns of the modules that are not in NVFP4.
         kv_cache: None or "FP8".
 
@@ -94,8 +94,9 @@ def settings(
     names = {scheme: name for name, scheme in _ALGORITHMS.items()}
     if activation_scheme not in names:
         raise ConfigError(
-            f"activation_scheme is {activation_scheme!r}, which ModelOpt's format cannot say: "
-            "write 'static' with calibrated scales, or 'none', and choose 'per_token' on loading"
+            f"activation_scheme is {activation_scheme!r}, which ModelOpt's format cannot "
+            "express: write 'static' with calibrated scales, or 'none', and load with "
+            "activation_scheme='per_token'"
         )
     return {
         "quant_algo": names[activation_scheme],
@@ -106,7 +107,7 @@ def settings(
 
 
 def config_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same in the spelling of ``config.json``'s "quantization_config"."""
+    """Returns `settings` in the spelling of ``config.json``'s "quantization_config"."""
     numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK_SIZE}
     group: dict[str, Any] = {"weights": numbers, "targets": ["Linear"]}
     if settings["quant_algo"] == "NVFP4":

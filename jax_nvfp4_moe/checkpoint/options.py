@@ -1,4 +1,4 @@
-"""How to load: the arguments that loading functions share, and where arrays go."""
+"""The arguments that loading functions share, and the placement of arrays on devices."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,20 +11,20 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jax_nvfp4_moe._messages import check_name, described
-from jax_nvfp4_moe.checkpoint.matrices import Index
+from jax_nvfp4_moe.checkpoint.values import Index
 from jax_nvfp4_moe.experts import ActivationScheme
 
 InputScale = Literal["global_max", "per_expert"]
 OnMissing = Literal["error", "per_token", "none"]
-Advance = Callable[[int], None]  # told of bytes as they are read
+Advance = Callable[[int], None]  # called with the bytes read
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The arguments of `load_experts` that say how, checked.
+    """The arguments of `load_experts` that say how to load, checked.
 
     Raises:
-        TypeError, ValueError: one does not fit.
+        TypeError, ValueError: an argument has the wrong type or value.
     """
 
     activation_scheme: ActivationScheme | None = None
@@ -50,7 +50,7 @@ class Options:
             )
 
     def check_split(self, num_experts: int) -> None:
-        """Raises ValueError unless devices get equal shares of the experts."""
+        """Raises ValueError unless all devices get equally many experts."""
         if self.mesh is None or self.expert_axis is None:
             return
         devices = self.mesh.shape[self.expert_axis]
@@ -60,19 +60,19 @@ class Options:
                 f"{num_experts} experts"
             )
 
-    def whole(self, value: np.ndarray) -> Array:
-        """An array that every device holds whole."""
+    def replicated(self, value: np.ndarray) -> Array:
+        """An array that every device holds in full."""
         return jax.device_put(value, self._sharding(P()))
 
-    def split(
+    def sharded(
         self, shape: tuple[int, ...], dtype: np.dtype, read: Callable[[Index], np.ndarray]
     ) -> Array:
-        """An array split over experts, its first axis: `read` is asked for each device's share."""
+        """An array split over experts, its first axis; `read` returns each device's share."""
         sharding = self._sharding(P(self.expert_axis))
         shares: dict[str, np.ndarray] = {}
 
         def share(index: Index) -> np.ndarray:
-            # Over another axis, devices hold the same one.
+            # Devices along other axes of the mesh hold the same share.
             if str(index) not in shares:
                 shares[str(index)] = read(index)
             return shares[str(index)]
@@ -82,5 +82,5 @@ class Options:
     def _sharding(self, spec: P) -> Sharding:
         if self.mesh is not None:
             return NamedSharding(self.mesh, spec)
-        (device,) = jax.device_put(0).devices()  # the default one, whatever it was set by
+        (device,) = jax.device_put(0).devices()  # the default device, however it was set
         return SingleDeviceSharding(device)

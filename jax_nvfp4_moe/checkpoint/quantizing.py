@@ -1,4 +1,4 @@
-"""From an unquantised checkpoint to an NVFP4 one: its routed experts, one matrix at a time."""
+"""Quantising the routed experts of a checkpoint, one matrix at a time."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -6,18 +6,24 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from jax_nvfp4_moe.checkpoint import calibration as calibrating
-from jax_nvfp4_moe.checkpoint.calibration import Pair, Samples, weights
-from jax_nvfp4_moe.checkpoint.conversion import renamed
+from jax_nvfp4_moe.checkpoint.calibration import (
+    Pair,
+    Samples,
+    activation_scales,
+    checked_samples,
+    unquantized_matrix,
+)
+from jax_nvfp4_moe.checkpoint.conversion import in_format
 from jax_nvfp4_moe.checkpoint.errors import UnsupportedCheckpointError
-from jax_nvfp4_moe.checkpoint.matrices import ExpertTensors
-from jax_nvfp4_moe.checkpoint.saving import narrowed
+from jax_nvfp4_moe.checkpoint.names import BlockNames
+from jax_nvfp4_moe.checkpoint.saving import narrow_bias
 from jax_nvfp4_moe.checkpoint.scheme import MODELOPT, PARTS, Format
-from jax_nvfp4_moe.checkpoint.source import Source
+from jax_nvfp4_moe.checkpoint.source import LayerTensors, Source
+from jax_nvfp4_moe.checkpoint.values import read_biases
 from jax_nvfp4_moe.checkpoint.writing import (
     SHARD_BYTES,
-    check_arguments,
-    described_by,
+    check_output_options,
+    quantization_files,
     write_checkpoint,
 )
 from jax_nvfp4_moe.format import quantize
@@ -36,47 +42,46 @@ def quantize_checkpoint(
 ) -> None:
     """Quantises the routed experts of a bfloat16, float16 or float32 checkpoint to NVFP4.
 
-    Every matrix has its own global scale, amax / 2688; everything else is copied. With
-    `calibration` activations are quantised too, W4A4: each expert's activation scales are the
-    largest magnitudes / 2688 that the samples routed to it have before GEMM1, and, computed with
-    the unquantised weights in float32, before GEMM2. An expert that no sample reaches has the
-    layer's largest.
+    Every matrix gets its own global scale, amax / 2688; all other tensors are copied. With
+    `calibration` the result is W4A4. Each expert's activation scales are then amax / 2688 of the
+    samples routed to it, before GEMM1 and before GEMM2; the latter are computed with the
+    unquantised weights in float32. An expert without samples gets the layer's largest scale.
 
     Args:
-        path: a directory in Hugging Face's layout, of a family of `checkpoint.families`.
+        path: a directory in Hugging Face's layout, of a model family in `checkpoint.families`.
         output: a directory that does not exist yet, or is empty.
-        calibration: for every layer that has experts, the tokens [T, H] that enter its block; as a
-            pair with what the router sees, where that is something else (Gemma 4). Some thousand
-            tokens of the text that the model is for will do. None: activations are not quantised
-            (W4A16); `load_checkpoint(activation_scheme="per_token")` still can.
+        calibration: for every layer that has experts, the tokens [T, H] that enter its block; for
+            Gemma 4, a pair of these and the router's input. A few thousand tokens of typical text
+            are enough. None leaves activations unquantised (W4A16), and
+            `load_checkpoint(activation_scheme="per_token")` still quantises them.
         format: "modelopt" or "compressed-tensors".
         shard_bytes: as in `save_checkpoint`.
         progress: as in `save_checkpoint`.
 
     Raises:
-        FileNotFoundError, CheckpointError: as `load_checkpoint`; or the experts are quantised
-            already, or a weight is not finite.
-        FileExistsError: there is something at `output`.
-        TypeError, ValueError: an argument does not fit.
+        FileNotFoundError, CheckpointError: as `load_checkpoint`; or the experts are already
+            quantised, or a weight is not finite.
+        FileExistsError: `output` exists and is not an empty directory.
+        TypeError, ValueError: an argument has the wrong type or value.
     """
-    check_arguments(format, shard_bytes)
+    check_output_options(format, shard_bytes)
     source = Source(path)
-    layers = {layer: source.experts(layer) for layer in source.layers}
-    for layer, experts in layers.items():
-        if source.scheme is not None or experts.quantized:
+    layers = [source.layer(number) for number in source.layers]
+    for layer in layers:
+        if source.scheme is not None or layer.experts.quantized:
             raise UnsupportedCheckpointError(
-                f"layer {layer} of {source.files.directory} is quantised already"
+                f"layer {layer.number} of {source.files.directory} is already quantised"
             )
-        experts.check_unquantized()
-    samples = {} if calibration is None else calibrating.checked(calibration, source)
-    describe = described_by(
+        layer.experts.check_unquantized()
+    samples = {} if calibration is None else checked_samples(calibration, source)
+    describe = quantization_files(
         source.config, format, "none" if calibration is None else "static", None
     )
-    taken = {name for experts in layers.values() for name in experts.beside()}
+    taken = {name for layer in layers for name in layer.experts.same_prefix()}
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for layer, experts in layers.items():
-            yield from _quantized(source, layer, experts, samples.get(layer))
+        for layer in layers:
+            yield from _quantized(source, layer, samples.get(layer.number))
         for name in source.files:
             if name not in taken:
                 yield name, source.files.view(name)
@@ -85,9 +90,9 @@ def quantize_checkpoint(
     nbytes += sum(source.files[name].nbytes for name in taken) * 9 // 32  # of 16 bits, 4.5 remain
     write_checkpoint(
         output,
-        renamed(tensors(), MODELOPT, PARTS[format]),
+        in_format(tensors(), MODELOPT, PARTS[format]),
         describe,
-        beside=source.files.directory,
+        copy_from=source.files.directory,
         nbytes=nbytes,
         shard_bytes=shard_bytes,
         progress=progress,
@@ -95,17 +100,18 @@ def quantize_checkpoint(
 
 
 def _quantized(
-    source: Source, layer: int, experts: ExpertTensors, samples: Pair | None
+    source: Source, layer: LayerTensors, samples: Pair | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """A layer's experts in ModelOpt's format, each with tensors of its own."""
-    names = source.family.split_names
+    """A layer's experts in ModelOpt's format, with tensors for each expert."""
+    experts = layer.experts
+    names = BlockNames(layer.names.block, source.family.split_names)
     scales = {}
     if samples is not None:
-        scales = calibrating.scales(source, layer, experts, samples)
-    biases = {role: experts.biases((role,)) for role in experts.roles}
+        scales = activation_scales(source, layer, samples)
+    biases = {role: read_biases(experts, (role,)) for role in experts.roles}
     for expert in range(experts.num_experts):
         for role in experts.roles:
-            q = _quantize(weights(experts, role, expert))
+            q = _quantize(unquantized_matrix(experts, role, expert))
             parts = {
                 MODELOPT.data: q.data,
                 MODELOPT.scale: q.scale,
@@ -114,7 +120,6 @@ def _quantized(
             if scales:
                 parts[MODELOPT.input_scale] = scales[role][expert]
             if (bias := biases[role]) is not None:
-                parts["bias"] = narrowed(bias[expert])
+                parts["bias"] = narrow_bias(bias[expert])
             for part, array in parts.items():
-                name = names.tensor(getattr(names, role), part, expert)
-                yield f"{experts.block}.{name}", np.asarray(array)
+                yield names.tensor(role, part, expert), np.asarray(array)

@@ -1,7 +1,7 @@
-"""How a checkpoint's format stores NVFP4 matrices, and which of its modules are stored so.
+"""The quantisation of a checkpoint: how NVFP4 matrices are stored, and which modules are in NVFP4.
 
-The two formats differ in names and in whether global scales decode or encode. `modelopt` and
-`compressed_tensors` read their configurations into a `Scheme`; nothing else knows the difference.
+The two formats differ in names, and in whether global scales decode or encode. `modelopt` and
+`compressed_tensors` read their configurations into a `Scheme`, which hides the difference.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Parts:
         scale: float8_e4m3fn [out, in / 16], rows in order (not swizzled).
         global_scale: float32, [] or [1].
         input_scale: float32, [] or [1].
-        encode: whether the two last are encode scales, 1 / decode.
+        encode: whether `global_scale` and `input_scale` are encode scales, 1 / decode.
     """
 
     data: str
@@ -36,7 +36,7 @@ class Parts:
     encode: bool
 
     def decode_scale(self, stored: np.ndarray) -> np.ndarray:
-        """A decode scale from a stored one, float32; the inverse of itself up to one rounding."""
+        """Decode scales from stored ones, float32; its own inverse up to one rounding."""
         return np.float32(1) / stored if self.encode else stored
 
 
@@ -49,12 +49,12 @@ PARTS: dict[Format, Parts] = {"modelopt": MODELOPT, "compressed-tensors": COMPRE
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What holds for the modules whose whole name a pattern matches.
+    """The quantisation of the modules whose full name a pattern matches.
 
     Attributes:
         pattern: a regular expression.
-        activation_scheme: theirs, or None if they are not in NVFP4.
-        algorithm: what the configuration calls their quantisation; None if they have none.
+        activation_scheme: of these modules; None if they are not in NVFP4.
+        algorithm: the configuration's name of their quantisation; None if they have none.
     """
 
     pattern: re.Pattern[str]
@@ -67,10 +67,10 @@ class Scheme:
     """A checkpoint's quantisation.
 
     Attributes:
-        format: which of the two.
-        rules: the first that matches a module is its own; none means unquantised.
-        source: the file that says so, for messages.
-        settings: what it says, all of it.
+        format: the format.
+        rules: the first rule that matches a module holds; without one it is not quantised.
+        source: the file that states the scheme, for messages.
+        settings: the configuration in that file.
     """
 
     format: Format
@@ -80,22 +80,22 @@ class Scheme:
 
     @property
     def parts(self) -> Parts:
-        """The tensors of a quantised matrix."""
+        """The names of a quantised matrix's tensors."""
         return PARTS[self.format]
 
     def rule_for(self, module: str) -> Rule | None:
-        """The rule that holds for a module."""
+        """The rule that holds for a module, or None."""
         return next((rule for rule in self.rules if rule.pattern.fullmatch(module)), None)
 
 
 def check_group_size(size: Any, source: str) -> None:
-    """Raises ConfigError unless blocks are NVFP4's."""
+    """Raises ConfigError unless a configuration's group size is NVFP4's."""
     if size != BLOCK_SIZE:
         raise ConfigError(f"{source}: group_size is {size!r}, expected {BLOCK_SIZE} for NVFP4")
 
 
-def expected(value: Any, kind: type, what: str, source: str) -> Any:
-    """`value`, if it is of that kind; ConfigError otherwise."""
+def check_type(value: Any, kind: type, what: str, source: str) -> Any:
+    """Returns `value`; raises ConfigError unless it is of that kind."""
     if not isinstance(value, kind):
         named = {dict: "an object", list: "a list", str: "a string"}[kind]
         raise ConfigError(f"{source}: {what} is {value!r:.80}, expected {named}")

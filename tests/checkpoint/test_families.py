@@ -1,6 +1,7 @@
 """Every family's checkpoint, as it is on disk, against transformers' own block.
 
-tests/goldens/families/README.md says what the files are and how they were made.
+tests/goldens/families/README.md describes the files and how they were made.
+docs/checkpoints.md describes how to add a family.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe.checkpoint.families import FAMILIES, family_of
 from jax_nvfp4_moe.checkpoint.source import Source
 from tests.conftest import GOLDENS
+from tests.support import families
 
 DIRECTORIES = sorted(path for path in (GOLDENS / "families").iterdir() if path.is_dir())
 CASES = [
@@ -27,7 +29,7 @@ GATE = 1e-5  # relative L2; float32 sums in another order leave about 3e-7
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0].name}-{case[1]}", scope="module")
 def case(request):
-    """A checkpoint's layer in W4A16, and what transformers computed of it."""
+    """A checkpoint's layer in W4A16, and transformers' results for it."""
     directory, number = request.param
     checkpoint = nvm.load_checkpoint(directory, activation_scheme="none", progress=False)
     with np.load(directory / f"layer{number}.npz") as data:
@@ -104,7 +106,7 @@ def test_control(case, how):
 
 @pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda directory: directory.name)
 def test_as_the_file_says(directory):
-    """Calibrated scales load too; what is no block's stays as it is."""
+    """Calibrated scales load, and tensors outside the blocks stay unchanged."""
     source = Source(directory)
     checkpoint = nvm.load_checkpoint(directory, input_scale="per_expert", progress=False)
     assert tuple(checkpoint.layers) == source.layers
@@ -123,7 +125,13 @@ def test_as_the_file_says(directory):
 
 def test_every_family_has_a_checkpoint():
     found = {Source(directory).family.name for directory in DIRECTORIES}
-    assert found == {family.name for family in FAMILIES}
+    known = {family.name for family in FAMILIES}
+    assert found == known, f"tests/goldens/families has no checkpoint of {known - found}"
+
+
+def test_table_is_current():
+    page = families.PAGE.read_text(encoding="utf-8")
+    assert page == families.page(), "run python -m tests.support.families"
 
 
 def test_types_are_of_one_family():

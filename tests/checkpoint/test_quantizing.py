@@ -1,4 +1,4 @@
-"""Quantising an unquantised checkpoint's experts, with calibration and without."""
+"""Quantising a checkpoint's experts, with and without calibration."""
 
 import json
 
@@ -18,14 +18,14 @@ BLOCK = "model.layers.0.mlp"
 
 
 def original(rng, path, model_type="qwen3_moe", **more):
-    """A bfloat16 checkpoint of one layer; returns gate, up, down, the router and the biases."""
+    """Writes a bfloat16 checkpoint of one layer; returns gate, up, down, router and biases."""
     gate, up = (rng.normal(size=(2, E, I, H)) * [[[[1]]], [[[4]]]]).astype(jnp.bfloat16)
     down = rng.normal(size=(E, H, I)).astype(jnp.bfloat16)
     router = rng.normal(size=(E, H)).astype(jnp.bfloat16)
     tensors = {"model.norm.weight": np.ones(H, jnp.bfloat16)}
     biases = None
     if model_type == "gpt_oss":
-        # Rows of gate and up in turns, matrices transposed, biases.
+        # Alternating rows of gate and up, transposed matrices, biases.
         both = np.stack([gate, up], 2).reshape(E, 2 * I, H)
         w13_bias = rng.normal(size=(E, 2 * I)).astype(jnp.bfloat16)
         w2_bias = rng.normal(size=(E, H)).astype(jnp.bfloat16)
@@ -66,7 +66,7 @@ def test_weights_alone(rng, tmp_path, format):
     gate, up, down, _, _ = original(rng, tmp_path / "bf16")
     quantize_checkpoint(tmp_path / "bf16", tmp_path / "nvfp4", format=format)
     loaded = nvm.load_experts(tmp_path / "nvfp4", layer=0)
-    wanted = nvm.quantize_experts(gate, up, down, activation_scheme="none")
+    wanted = nvm.quantize_experts(gate, up, down, activation_scheme="none", separate_scales=True)
     if format == "modelopt":
         assert_same(loaded, wanted)
     assert_same((loaded.w13.data, loaded.w2.scale), (wanted.w13.data, wanted.w2.scale))
@@ -76,13 +76,15 @@ def test_weights_alone(rng, tmp_path, format):
 
 
 def test_stacked(rng, tmp_path):
-    """gpt-oss: transposed, with rows in turns and biases; what is written has none of that."""
+    """gpt-oss's transposed tensors of all experts become one tensor for each expert."""
     more = {"num_local_experts": E, "intermediate_size": I}
     gate, up, down, _, biases = original(rng, tmp_path / "bf16", "gpt_oss", **more)
     quantize_checkpoint(tmp_path / "bf16", tmp_path / "nvfp4")
     names = ("gate_bias", "up_bias", "down_bias")
     given = {name: bias.astype(np.float32) for name, bias in zip(names, biases, strict=True)}
-    wanted = nvm.quantize_experts(gate, up, down, activation_scheme="none", **given)
+    wanted = nvm.quantize_experts(
+        gate, up, down, activation_scheme="none", separate_scales=True, **given
+    )
     assert_same(nvm.load_experts(tmp_path / "nvfp4", layer=0), wanted)
 
 
@@ -104,7 +106,7 @@ def test_calibration(rng, tmp_path):
         np.testing.assert_allclose(
             loaded.w2_input_scale[expert], abs(hidden).max() / 2688, rtol=1e-4
         )
-    # Control: scales are those of each expert, not one for all.
+    # Control: each expert has its own scale.
     assert np.unique(np.asarray(loaded.w2_input_scale)).size == E
 
 
@@ -126,7 +128,7 @@ def test_experts_without_samples_have_the_largest(rng, tmp_path):
         ({0: np.ones((3, 5))}, ValueError, r"calibration\[0\] has shape \(3, 5\), expected \[T, H"),
         ({0: np.ones((0, H))}, ValueError, r"calibration\[0\] has shape \(0, 64\), expected"),
         ({0: np.full((3, H), np.nan)}, ValueError, r"calibration\[0\] has NaN or infinite values"),
-        ({0: np.zeros((3, H))}, ValueError, r"calibration\[0\] is zero wherever an expert sees it"),
+        ({0: np.zeros((3, H))}, ValueError, r"calibration\[0\] is zero for all experts"),
         ({0: (np.ones((3, H)),) * 2}, TypeError, r"calibration\[0\] is a tuple, expected tokens"),
     ],
 )
@@ -138,7 +140,7 @@ def test_bad_samples(rng, tmp_path, calibration, error, message):
 
 
 def test_quantized_already(tmp_path):
-    with pytest.raises(CheckpointError, match=r"layer 0 of .* is quantised already"):
+    with pytest.raises(CheckpointError, match=r"layer 0 of .* is already quantised"):
         quantize_checkpoint(GOLDENS / "families" / "mixtral", tmp_path / "nvfp4")
 
 

@@ -1,4 +1,4 @@
-"""Round trips: what is saved, and converted, loads back; what fails leaves nothing behind."""
+"""Round trips of saving and converting; failures leave no files."""
 
 import dataclasses
 import json
@@ -15,12 +15,13 @@ from jax_nvfp4_moe.checkpoint import (
     convert_checkpoint,
     save_checkpoint,
 )
-from jax_nvfp4_moe.checkpoint.files import TensorFiles, write_tensors
+from jax_nvfp4_moe.checkpoint.files import TensorFiles
+from jax_nvfp4_moe.checkpoint.writing import write_tensors
 from tests.conftest import GOLDENS
-from tests.support.checkpoints import made
+from tests.support.checkpoints import LAYERS, E, made
 
 FAMILIES = sorted(path for path in (GOLDENS / "families").iterdir() if path.is_dir())
-# Written by ModelOpt, and from that by compressed-tensors' converter.
+# Made by ModelOpt, and from its output by compressed-tensors' converter.
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 BY_TOOLS = {
     "modelopt": MODELS / "qwen3-moe-tiny-nvfp4",
@@ -29,7 +30,7 @@ BY_TOOLS = {
 
 
 def same_tensors(one, other):
-    """Whether two directories have the same tensors, to the bit."""
+    """Asserts that two directories have the same tensors, bit for bit."""
     one, other = TensorFiles(one), TensorFiles(other)
     assert set(one) == set(other)
     for name in one:
@@ -44,9 +45,9 @@ def same(one, other):
 
 
 def same_but_for_reciprocals(one, other):
-    """Whether two directories have the same tensors, global scales within a unit in the last place.
+    """Asserts the same tensors, with global scales equal within one unit in the last place.
 
-    Their shapes may be [] or [1]: the tools do not agree. Returns how many are not equal.
+    Their shapes may be [] or [1], since tools differ. Returns how many scales are not equal.
     """
     one, other = TensorFiles(one), TensorFiles(other)
     assert set(one) == set(other)
@@ -117,13 +118,13 @@ def test_convert_as_the_tools_do(format, tmp_path):
     convert_checkpoint(original, tmp_path / "ours", format=format)
     differing = same_but_for_reciprocals(tmp_path / "ours", theirs)
     if format == "compressed-tensors":
-        assert differing == 0  # their converter and ours start from the same numbers
+        assert differing == 0  # both converters start from the same numbers
     else:
-        assert differing > 0  # some reciprocals' reciprocals are not what they were
+        assert differing > 0  # a reciprocal's reciprocal may differ by rounding
 
 
 def test_save_compressed_tensors(tmp_path):
-    """Through memory, where scales decode, and back: once off by a unit, then never again."""
+    """Scales are decoded on loading: only the first round trip may change them, by one unit."""
     original, once, twice = BY_TOOLS["compressed-tensors"], tmp_path / "once", tmp_path / "twice"
     for source, target in ((original, once), (once, twice)):
         checkpoint = nvm.load_checkpoint(source, input_scale="per_expert")
@@ -152,12 +153,39 @@ def checkpoint(rng, tmp_path):
 
 
 def with_experts(checkpoint, change):
-    """The checkpoint with all its experts changed."""
+    """The checkpoint with changed experts in all layers."""
     layers = {
         number: dataclasses.replace(layer, experts=change(layer.experts))
         for number, layer in checkpoint.layers.items()
     }
     return dataclasses.replace(checkpoint, layers=layers)
+
+
+@pytest.mark.parametrize("encode", [False, True], ids=["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("different", [0, 1, 4])
+def test_scales_of_gate_and_up(different, encode, rng, tmp_path):
+    """Equal pairs load as [E, 1], one different pair as [E, 2]; both save as the same bits."""
+    written = made(rng, encode=encode)
+    part = "weight_global_scale" if encode else "weight_scale_2"
+    for layer in range(LAYERS):
+        for expert in range(different, E):
+            module = f"model.layers.{layer}.mlp.experts.{expert}"
+            gate = written.tensors[f"{module}.gate_proj.{part}"]
+            written.tensors[f"{module}.up_proj.{part}"] = gate.copy()
+    directory = written.write(tmp_path / "original")
+    checkpoint = nvm.load_checkpoint(directory, input_scale="per_expert")
+    for layer in checkpoint.layers.values():
+        experts = layer.experts
+        assert experts.w13.global_scale.shape == (E, 2 if different else 1)
+        assert experts.separate_scales is bool(different)
+        pairs = np.broadcast_to(experts.w13.global_scale, (E, 2))
+        assert (pairs[:, 0] != pairs[:, 1]).sum() == different
+    format = "compressed-tensors" if encode else "modelopt"
+    save_checkpoint(checkpoint, tmp_path / "saved", format=format)
+    if encode:
+        same_but_for_reciprocals(directory, tmp_path / "saved")
+    else:
+        same_tensors(directory, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("implementation", ["trtllm", "cute_dsl"])
@@ -201,14 +229,14 @@ def test_weights_alone(checkpoint, tmp_path, format):
 
 
 def test_per_token(checkpoint, tmp_path):
-    """compressed-tensors has a word for it, ModelOpt has none."""
+    """compressed-tensors' format can express "per_token", ModelOpt's cannot."""
     each = nvm.load_checkpoint(checkpoint.directory, activation_scheme="per_token")
     save_checkpoint(each, tmp_path / "saved", format="compressed-tensors")
     saved = nvm.load_checkpoint(tmp_path / "saved")
     assert saved.layers[0].experts.activation_scheme == "per_token"
-    with pytest.raises(ConfigError, match="'per_token', which ModelOpt's format cannot say"):
+    with pytest.raises(ConfigError, match="'per_token', which ModelOpt's format cannot express"):
         save_checkpoint(each, tmp_path / "other")
-    with pytest.raises(ConfigError, match="'per_token', which ModelOpt's format cannot say"):
+    with pytest.raises(ConfigError, match="'per_token', which ModelOpt's format cannot express"):
         convert_checkpoint(tmp_path / "saved", tmp_path / "other", format="modelopt")
     assert not (tmp_path / "other").exists()
 
@@ -255,7 +283,7 @@ def test_a_failure_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch):
 def test_layers_with_different_schemes(checkpoint, tmp_path):
     other = nvm.load_checkpoint(checkpoint.directory, activation_scheme="none")
     mixed = dataclasses.replace(checkpoint, layers={0: checkpoint.layers[0], 1: other.layers[1]})
-    with pytest.raises(CheckpointError, match="activation schemes none, static: expected one"):
+    with pytest.raises(CheckpointError, match="activation schemes none, static; expected one"):
         save_checkpoint(mixed, tmp_path / "saved")
 
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints for tests: written by themselves, not by the package, to the formats' letter."""
+"""Tiny checkpoints for tests, written from the formats' definitions without the package."""
 
 import dataclasses
 import json
@@ -45,12 +45,12 @@ COMPRESSED_TENSORS = {
 
 @dataclasses.dataclass
 class Written:
-    """A checkpoint as it is to be written; tests spoil it first.
+    """A checkpoint to write, which tests may spoil first.
 
     Attributes:
         config: config.json, with `quantization_config`.
-        tensors: all of them.
-        experts: for each layer, what should be loaded with input_scale="per_expert".
+        tensors: names to arrays.
+        experts: for each layer, the `ExpertWeights` to expect with input_scale="per_expert".
     """
 
     config: dict
@@ -58,7 +58,7 @@ class Written:
     experts: list
 
     def write(self, path, *, shards=1, index=True):
-        """Writes the directory; with an index if there are several shards. Returns `path`."""
+        """Writes the directory, with an index for several shards, and returns `path`."""
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(json.dumps(self.config))
         if shards == 1:
@@ -67,7 +67,7 @@ class Written:
         places = {}
         for number in range(shards):
             file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-            # In turns, so that the matrices of one expert lie in different files.
+            # Alternating, so that the matrices of one expert lie in different files.
             names = sorted(self.tensors)[number::shards]
             save_file({name: self.tensors[name] for name in names}, path / file)
             places |= dict.fromkeys(names, file)
@@ -78,7 +78,7 @@ class Written:
 
 
 def made(rng, *, encode=False, static=True):
-    """A Qwen3-MoE of two layers; `encode`: in compressed-tensors' format instead of ModelOpt's."""
+    """A Qwen3-MoE of two layers in ModelOpt's format; `encode`: in compressed-tensors'."""
     config = {**CONFIG, "quantization_config": COMPRESSED_TENSORS if encode else MODELOPT}
     written = Written(json.loads(json.dumps(config)), {}, [])
     written.tensors |= {
@@ -96,9 +96,9 @@ def made(rng, *, encode=False, static=True):
 
 
 def add_shared(written, rng, family, *, quantized=False, encode=False):
-    """Makes the model another one, with a shared expert: "deepseek_v3" or "qwen3_next".
+    """Makes the model a "deepseek_v3" or a "qwen3_next", which have a shared expert.
 
-    Returns what the shared experts should be loaded as, if quantised, else their names.
+    Returns the shared experts to expect if quantised, else their tensors' names.
     """
     config, tensors = written.config, written.tensors
     config |= {"model_type": family, "architectures": []}
@@ -131,21 +131,21 @@ def bfloat16(rng, *shape):
 
 
 def _experts(tensors, rng, names, encode, static):
-    """Random experts, one for each name; into `tensors`, and as they should be loaded."""
+    """Adds random experts, one for each name, to `tensors`; returns them as they should load."""
     data, global_name = ("weight_packed", "weight_global_scale") if encode else (
         "weight", "weight_scale_2")  # fmt: skip
     input_name = "input_global_scale" if encode else "input_scale"
     loaded = {}
 
     def scales(low, high):
-        """Stored and decoded."""
+        """Random scales, as stored and as decoded."""
         stored = rng.uniform(low, high, len(names)).astype(np.float32)
         if not encode:
             return list(stored), stored
         stored = np.float32(1) / stored
         return list(stored.reshape(-1, 1)), np.float32(1) / stored
 
-    # Gate and up differ by a factor of 4, as real ones do.
+    # Scales of gate and up differ by a factor of 4, as in real checkpoints.
     for role, gain, shape in [("gate", 1, (I, H)), ("up", 4, (I, H)), ("down", 1, (H, I))]:
         rows, columns = shape
         codes = rng.integers(0, 256, (len(names), rows, columns // 2)).astype(np.uint8)
