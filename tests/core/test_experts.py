@@ -12,7 +12,7 @@ import pytest
 
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe.experts import check_experts
-from jax_nvfp4_moe.relayout import take_experts
+from jax_nvfp4_moe.relayout import take_experts, to_layout
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 F32 = np.dtype(np.float32)
@@ -134,6 +134,48 @@ def test_gate_and_up_with_one_scale(rng):
     assert (own[:, 0] != own[:, 1]).all()
     bare = [nvm.quantize_experts(None, up, down, separate_scales=each) for each in (False, True)]
     np.testing.assert_array_equal(bare[0].w13.global_scale, bare[1].w13.global_scale)
+
+
+@pytest.mark.parametrize("layout", ["linear", "trtllm", "cute_dsl"])
+def test_share_scales(layout, rng):
+    """Values move by what rounding block scales to E4M3 moves them, and by as much as is said."""
+    gate, up, down = matrices(rng)
+    experts = nvm.quantize_experts(3 * gate, up, down, separate_scales=True)
+    shared, error = nvm.share_scales(to_layout(experts, layout))
+    assert shared.layout == layout
+    assert shared.w13.global_scale.shape == (3, 1)
+    nvm.validate(shared)
+    linear = to_layout(shared, "linear")
+    np.testing.assert_array_equal(linear.w13.data, experts.w13.data)
+    assert same(linear.w2, experts.w2)
+    before, after = (np.asarray(nvm.dequantize(e.w13, jnp.float32)) for e in (experts, linear))
+    moved = np.linalg.norm(after - before, axis=(1, 2)) / np.linalg.norm(before, axis=(1, 2))
+    np.testing.assert_allclose(error, moved, rtol=1e-4)
+    assert ((error > 0) & (error < 2**-4)).all()
+    # Already shared: nothing moves. A quotient of 2: nothing is lost.
+    assert nvm.share_scales(shared).experts is shared
+    assert not np.any(nvm.share_scales(shared).relative_l2)
+    doubled = nvm.quantize_experts(2 * up, up, down, separate_scales=True)
+    exact, error = nvm.share_scales(doubled)
+    np.testing.assert_array_equal(error, 0)
+    np.testing.assert_array_equal(
+        nvm.dequantize(exact.w13, jnp.float32), nvm.dequantize(doubled.w13, jnp.float32)
+    )
+
+
+def test_experts_from_two_arrays(rng):
+    made = nvm.quantize_experts(*matrices(rng))
+    experts = nvm.ExpertWeights(w13=made.w13, w2=made.w2)
+    assert jax.tree.structure(experts) == jax.tree.structure(made)
+    scaled = nvm.ExpertWeights(made.w13, made.w2, jnp.float32(1), jnp.float32(1))
+    assert (scaled.activation_scheme, scaled.layout) == ("static", "linear")
+    nvm.validate(scaled)
+    with pytest.raises(ValueError, match="hidden_size is None with layout 'trtllm', whose arrays"):
+        nvm.ExpertWeights(w13=made.w13, w2=made.w2, layout="trtllm")
+    with pytest.raises(TypeError, match="w13 is 3, expected Nvfp4Array"):
+        nvm.ExpertWeights(w13=3, w2=made.w2)
+    # JAX builds experts around leaves of any kind.
+    assert jax.tree.map(lambda leaf: leaf.ndim, experts).w13.data == 3
 
 
 def test_rows_are_gate_then_up(rng):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe.bridge import cute_dsl
 from jax_nvfp4_moe.bridge.cute_dsl import TACTICS, Tactic, Variant
 from jax_nvfp4_moe.implementations.cute_dsl.call import Functions, run_routed
@@ -287,6 +288,23 @@ def test_the_documented_arithmetic_gives_the_emulations_result(case, computed, r
     for name in names:
         y = computed(case, arguments, spoilt=found[name])
         assert not error_of(y, expected) <= 1e-2, name
+
+
+def test_separate_scales_that_are_shared(computed):
+    """Finite numbers, of the experts that `share_scales` made."""
+    case = Case(9, 3, 5, 272, 80, layout="linear")
+    x, ids, weights, separate = random_arguments(case)
+    assert separate.separate_scales
+    weights = weights.astype(jnp.bfloat16).astype(jnp.float32)
+    shared = nvm.share_scales(separate).experts
+    expected = np.asarray(expected_of(case, (x, ids, weights, shared)).astype(jnp.bfloat16))
+    y = computed(case, (x, ids, weights, shared))
+    assert np.isfinite(y).all()
+    assert error_of(y, expected) <= 1e-3
+    # The control: one of the two scales taken for both, nothing rounded again.
+    w13 = dataclasses.replace(separate.w13, global_scale=separate.w13.global_scale[:, :1])
+    wrong = dataclasses.replace(separate, w13=w13)
+    assert error_of(computed(case, (x, ids, weights, wrong)), expected) > 1e-2
 
 
 def test_it_is_added_to_zeros(computed):
