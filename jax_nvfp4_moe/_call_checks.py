@@ -14,7 +14,7 @@ from jax_nvfp4_moe.routing import Routing
 
 
 def axis_size(axis_name: str | None) -> int:
-    """Over how many devices experts are split; ValueError if the axis is not bound."""
+    """Returns the number of devices that share the experts; ValueError if the axis is not bound."""
     if axis_name is None:
         return 1
     if not isinstance(axis_name, (str, tuple)):
@@ -29,7 +29,7 @@ def axis_size(axis_name: str | None) -> int:
 
 
 def check_float(name: str, array: Array) -> None:
-    """Refuses arrays that are not of the three float types."""
+    """Checks that an array is bfloat16, float16 or float32."""
     if array.dtype not in INPUT_DTYPES:
         raise TypeError(
             f"{name} has dtype {array.dtype}, expected bfloat16, float16 or float32; "
@@ -38,7 +38,7 @@ def check_float(name: str, array: Array) -> None:
 
 
 def check_tokens(x: Array, experts: ExpertWeights) -> None:
-    """Refuses an x that is not [T, H]."""
+    """Checks that x is [T, H]."""
     check_float("x", x)
     hidden = experts.hidden_size
     if x.ndim != 2:
@@ -64,7 +64,7 @@ def check_tokens(x: Array, experts: ExpertWeights) -> None:
 
 
 def check_logits(x: Array, logits: Array, experts: ExpertWeights, axis_name: str | None) -> None:
-    """Refuses logits that are not [T, E]."""
+    """Checks that x is [T, H] and logits are [T, E]."""
     num_experts = experts.num_experts * axis_size(axis_name)
     swapped = (num_experts,), (experts.hidden_size,)
     if swapped[0] != swapped[1] and (x.shape[1:], logits.shape[1:]) == swapped:
@@ -86,7 +86,7 @@ def check_logits(x: Array, logits: Array, experts: ExpertWeights, axis_name: str
 def check_routed(
     x: Array, topk_ids: Array, topk_weights: Array, experts: ExpertWeights, axis_name: str | None
 ) -> None:
-    """Refuses ids and weights that are not [T, K]."""
+    """Checks that ids and weights are [T, K]."""
     if not jnp.issubdtype(topk_ids.dtype, jnp.integer):
         hint = "pass topk_ids.astype(jnp.int32)"
         if jnp.issubdtype(topk_weights.dtype, jnp.integer):
@@ -115,7 +115,7 @@ def check_routed(
 
 
 def check_routing(routing: Any) -> None:
-    """Refuses what is not a `Routing`."""
+    """Checks that `routing` is a `Routing`."""
     if not isinstance(routing, Routing):
         raise TypeError(
             f"routing is {described(routing)}, expected Routing, as in "
@@ -124,7 +124,7 @@ def check_routing(routing: Any) -> None:
 
 
 def check_activation(activation: Activation, experts: ExpertWeights) -> None:
-    """Refuses an activation that does not fit the experts."""
+    """Checks that activation and experts are both gated, or both not."""
     if activation.gated != experts.gated:
         have = "gate and up rows" if experts.gated else "up rows alone"
         suggestion = "'silu'" if experts.gated else "'relu2'"
@@ -135,7 +135,7 @@ def check_activation(activation: Activation, experts: ExpertWeights) -> None:
 
 
 def check_weight_on_input(router_weight_on_input: Any, top_k: int) -> None:
-    """Refuses `router_weight_on_input` where a token has several weights."""
+    """Checks that `router_weight_on_input` is set only where each token has one weight."""
     check_flag("router_weight_on_input", router_weight_on_input)
     if router_weight_on_input and top_k != 1:
         raise ValueError(
@@ -145,13 +145,13 @@ def check_weight_on_input(router_weight_on_input: Any, top_k: int) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuses what is neither True nor False, tracers among it."""
+    """Checks that a flag is True or False, not a tracer."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} is {described(value)}, expected True or False, static under jit")
 
 
 def check_output_dtype(x: Array, output_dtype: Any) -> np.dtype:
-    """The dtype of the result."""
+    """Returns the dtype of the result."""
     if output_dtype is None:
         return x.dtype
     return check_dtype("output_dtype", output_dtype, ", or None for x's")

@@ -1,4 +1,4 @@
-"""What error messages share: how to say what an argument was, and the nearest thing that works."""
+"""Shared parts of error messages: the description of an argument, and the nearest valid value."""
 
 import difflib
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ def described(value: Any) -> str:
 
 
 def as_array(name: str, value: Any, dtype: Any = None) -> Array:
-    """`value` as a JAX array; TypeError naming the argument if it cannot be one."""
+    """Returns `value` as a JAX array; raises TypeError, naming the argument, if it cannot be."""
     try:
         return jnp.asarray(value, dtype)
     except (TypeError, ValueError):
@@ -33,7 +33,7 @@ def as_array(name: str, value: Any, dtype: Any = None) -> Array:
 
 
 def check_name(name: str, value: object, names: Iterable[str], otherwise: str = "") -> None:
-    """Raises ValueError unless `value` is one of `names`, with the nearest of them."""
+    """Raises ValueError, suggesting the nearest name, unless `value` is one of `names`."""
     names = tuple(names)
     if isinstance(value, str) and value in names:
         return
@@ -45,7 +45,7 @@ def check_name(name: str, value: object, names: Iterable[str], otherwise: str = 
 
 
 def check_dtype(name: str, dtype: Any, otherwise: str = "") -> Any:
-    """The dtype that `dtype` means; TypeError unless results can have it."""
+    """Returns `dtype` as a dtype; raises TypeError unless it is one of `INPUT_DTYPES`."""
     expected = f"expected bfloat16, float16 or float32{otherwise}"
     try:
         found = jnp.dtype(dtype)

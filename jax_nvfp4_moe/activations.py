@@ -25,8 +25,8 @@ class _Definition:
     """One activation.
 
     Attributes:
-        curve: the function of the gate, or of the whole output if not gated.
-        defaults: the parameters that it has, with their defaults.
+        curve: the function of the gate, or of GEMM1's whole output if not gated.
+        defaults: its parameters and their default values.
         gated: whether GEMM1 yields a gate beside up.
     """
 
@@ -75,24 +75,27 @@ NAMES = tuple(_DEFINITIONS)
 class Activation:
     """An activation and its parameters: hashable and static under `jax.jit`.
 
-    With gate and up the two halves of GEMM1's output, after clamping gate to at most `limit` and up
-    to [-limit, limit]:
+    Gate and up are the two halves of GEMM1's output, gate clamped to at most `limit` and up to
+    [-limit, limit]:
 
     * `silu`: gate * sigmoid(gate) * up, better known as SwiGLU.
-    * `gelu`: gate * Phi(gate) * up, Phi being the normal distribution function.
-    * `gelu_tanh`: the same with Phi's tanh approximation.
+    * `gelu`: gate * Phi(gate) * up; Phi is the cumulative normal distribution function.
+    * `gelu_tanh`: the same with the tanh approximation of Phi.
     * `swiglu_oai`: gate * sigmoid(alpha * gate) * (up + beta).
-    * `relu2`: max(x, 0) ** 2, not gated: x is the whole output.
+    * `relu2`: max(x, 0) ** 2, not gated: x is GEMM1's whole output.
+
+    An instance stores defaults in place of None; None remains only for parameters that its
+    activation does not have.
 
     Attributes:
       name: one of the above.
-      alpha, beta: of `swiglu_oai` alone, finite; None there means 1.702 and 1.
-      limit: of the gated ones, above 0; math.inf is no limit. None means 7 for `swiglu_oai`, as in
-        gpt-oss, and no limit otherwise. An instance holds what None means, and None only for a
-        parameter that its activation does not have.
+      alpha, beta: for `swiglu_oai` only, finite; None means 1.702 and 1.
+      limit: for gated activations only, above 0; math.inf means no limit. None means 7 for
+        `swiglu_oai`, as in gpt-oss, and no limit for the others.
 
     Raises:
-      TypeError, ValueError: an argument is of the wrong type, out of range or not for this name.
+      TypeError, ValueError: an argument has the wrong type, is out of range, or does not apply to
+        this activation.
     """
 
     name: str
@@ -129,19 +132,19 @@ class Activation:
             raise ValueError(f"limit is {value}, expected above 0: math.inf is no limit")
         if parameter != "limit" and not math.isfinite(value):
             raise ValueError(f"{parameter} is {value}, expected a finite number")
-        return float(value)  # NumPy's own are not weakly typed in JAX
+        return float(value)  # NumPy's scalars are not weakly typed in JAX
 
     @property
     def gated(self) -> bool:
-        """Whether GEMM1 yields a gate beside up, so that its rows are twice I."""
+        """Whether GEMM1 yields gate and up, 2 * I rows, instead of up alone."""
         return _DEFINITIONS[self.name].gated
 
     @staticmethod
     def of(spec: "str | Activation") -> "Activation":
-        """`spec` itself, or the activation of that name with default parameters.
+        """Returns `spec` itself, or the activation of that name with default parameters.
 
         Raises:
-          TypeError, ValueError: `spec` is neither an Activation nor one's name.
+          TypeError, ValueError: `spec` is neither an Activation nor the name of one.
         """
         return spec if isinstance(spec, Activation) else Activation(spec)
 
@@ -154,23 +157,24 @@ def activate(
 ) -> Float32[Array, "*batch I"]:
     """Applies an activation to the output of GEMM1.
 
-    Without `round_to` everything stays in float32, as in the epilogues of the Blackwell kernels.
-    With it, values are rounded where vLLM's kernels round, after the curve and after the product
-    with up (vllm@0.33.0: csrc/activation_kernels.cu, `act_and_mul_kernel`).
+    Without `round_to` all values stay in float32, as in the epilogues of the Blackwell kernels.
+    With it, values are rounded where vLLM's kernels round them: after the curve, and after the
+    product with up (vllm@0.33.0: csrc/activation_kernels.cu, `act_and_mul_kernel`).
 
     Args:
       c1: GEMM1's output, float32, [..., 2 * I] with the gate in the first half and up in the
         second; [..., I] if not gated.
-      activation: which.
+      activation: the activation and its parameters.
       round_to: rounds float32 values to the activations' dtype and returns them as float32. None
         means no rounding.
 
     Returns:
-      float32 [..., I], differentiable in `c1`. No finite `c1` makes a NaN, here or in a derivative.
+      float32 [..., I], differentiable with respect to `c1`. Finite values of `c1` never give NaN,
+      neither here nor in a derivative.
 
     Raises:
       TypeError: `c1` is not float32.
-      ValueError: `c1` has no axis, or an odd last one and a gate.
+      ValueError: `c1` has no axes, or its last axis is odd although the activation is gated.
     """
     _check_c1(c1, activation)
     parts = tuple(jnp.split(c1, 2, axis=-1)) if activation.gated else (c1,)
@@ -184,11 +188,11 @@ def activate_parts(
     round_to: Callable[[Array], Array] | None = None,
     erf: Erf = jax.lax.erf,
 ) -> Float32[Array, "*batch I"]:
-    """`activate`, with gate and up apart.
+    """Returns the result of `activate`, from gate and up as separate arrays.
 
     Args:
       parts: gate and up; up alone if not gated.
-      activation: which.
+      activation: the activation and its parameters.
       round_to: as in `activate`.
       erf: the error function, for kernels whose language has none.
     """

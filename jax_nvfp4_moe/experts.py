@@ -36,11 +36,11 @@ ActivationScheme = Literal["static", "per_token", "none"]
 class ExpertWeights:
     """The experts of one layer: a pytree of plain arrays with static metadata.
 
-    Two arrays are enough: ``ExpertWeights(w13=w13, w2=w2)`` has no biases, and takes its sizes from
-    the shapes and its activation scheme from the scales.
+    Two arrays are enough: ``ExpertWeights(w13=w13, w2=w2)`` has no biases, takes its sizes from the
+    shapes, and has the activation scheme "per_token".
 
     Attributes:
-        w13: [E, G*I, H], rows **gate then up** as in checkpoints (not gated: up alone). Its
+        w13: [E, G*I, H], rows **gate then up** as in checkpoints (up alone if not gated). Its
             `global_scale` is float32 [E, 1], shared by gate and up, or [E, G], separate. The shape
             decides which kernels can serve the layer, so that the choice never depends on values.
         w2: [E, H, I]; `global_scale` float32 [E].
@@ -48,18 +48,20 @@ class ExpertWeights:
             **largest** one (over every device, under expert parallelism) quantises activations once
             for all experts, as in the Blackwell kernels and vLLM. None unless "static".
         w2_input_scale: decode scale of GEMM2's activations, float32 [E] or []; used the same way.
-        w13_bias: float32 [E, G*I], added before the activation, or None. Logical order always.
-        w2_bias: float32 [E, H], or None.
-        hidden_size: H, static; the stored arrays may be padded beyond it. None, in the linear
-            layout: from the shape of `w13`.
-        intermediate_size: I, static, likewise; None: from the shape of `w2`.
+        w13_bias: float32 [E, G*I], added before the activation, or None. In logical row order, in
+            every layout.
+        w2_bias: float32 [E, H], or None; likewise.
+        hidden_size: H, static; the stored arrays may be padded beyond it. None means the size in
+            the shape of `w13`, which must be in the linear layout.
+        intermediate_size: I, static, likewise; None means the size in the shape of `w2`.
         activation_scheme: "static" (calibrated scales), "per_token" (each token's own largest
-            magnitude / 2688) or "none" (W4A16: activations are not quantised). Static. None:
-            "static" with input scales, "per_token" without.
-        layout: how `data` and `scale` are arranged: "linear" as above, or as `prepare` left them
-            for "trtllm" or "cute_dsl". Global scales and biases never move. Static.
+            magnitude / 2688) or "none" (W4A16: activations are not quantised). Static. None means
+            "static" with input scales, and "per_token" without.
+        layout: the arrangement of `data` and `scale`: "linear" as above, or "trtllm" or "cute_dsl"
+            as `prepare` makes them. Global scales and biases never move. Static.
 
     Raises:
+        TypeError: a size is None, and the array that would tell it is not an `Nvfp4Array`.
         ValueError: a size is None in a layout that pads.
     """
 
@@ -95,7 +97,7 @@ class ExpertWeights:
 
     @property
     def num_experts(self) -> int:
-        """E: the experts held here, which under expert parallelism are this device's."""
+        """E, the number of experts held here: under expert parallelism, this device's."""
         return self.w13.shape[-3]
 
     @property
@@ -105,17 +107,17 @@ class ExpertWeights:
 
     @property
     def separate_scales(self) -> bool:
-        """Whether gate and up have global scales of their own: a matter of shape, not of values."""
+        """Whether gate and up have separate global scales; told from the shape, not from values."""
         return self.w13.global_scale.shape[-1] > 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays as stored."""
+        """The number of bytes that all arrays take, as stored."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-# So that jax.export can write programs whose arguments are experts. The names are part of what it
-# writes: do not change them.
+# Lets jax.export serialize programs that take experts as arguments. Serialized programs contain
+# these names: do not change them.
 for _node in (Nvfp4Array, ExpertWeights):
     export.register_pytree_node_serialization(
         _node,
@@ -129,7 +131,7 @@ for _node in (Nvfp4Array, ExpertWeights):
 
 
 def padded_sizes(experts: ExpertWeights, layout: Layout) -> tuple[int, int]:
-    """H and I as a layout has them, see `layouts.padded_sizes`."""
+    """Returns H and I, padded for a layout; see `layouts.padded_sizes`."""
     return layouts.padded_sizes(
         layout,
         experts.hidden_size,
@@ -140,10 +142,10 @@ def padded_sizes(experts: ExpertWeights, layout: Layout) -> tuple[int, int]:
 
 
 def check_experts(experts: ExpertWeights) -> None:
-    """Checks types, shapes, dtypes and metadata, which are known while tracing.
+    """Checks types, shapes, dtypes and metadata, all of which are known while tracing.
 
     Raises:
-        TypeError: not `ExpertWeights`, or an array has the wrong dtype.
+        TypeError: `experts` is not `ExpertWeights`, or an array has the wrong dtype.
         ValueError: a shape or a metadata field does not fit the others.
     """
     if not isinstance(experts, ExpertWeights):
@@ -163,7 +165,7 @@ def check_experts(experts: ExpertWeights) -> None:
         f"layout {experts.layout!r}, hidden_size {experts.hidden_size} and intermediate_size "
         f"{experts.intermediate_size}"
     )
-    # w2 first: how many rows w13 should have is known only from w2's columns.
+    # w2 first: its columns determine how many rows w13 must have.
     _check_shapes("experts.w2", experts.w2, (num_experts, hidden, intermediate), described_by)
     w13_shape = (num_experts, gates * intermediate, hidden)
     _check_shapes("experts.w13", experts.w13, w13_shape, described_by)
@@ -251,16 +253,16 @@ def _check_activation_scale(
 
 
 def validate(experts: ExpertWeights) -> None:
-    """Checks everything about experts, values too; call it outside jit.
+    """Checks everything about experts, including values; call it outside jit.
 
     Args:
         experts: with concrete arrays.
 
     Raises:
-        TypeError: as `check_experts`, or the arrays are being traced.
+        TypeError: as `check_experts`; or the arrays are being traced.
         ValueError: as `check_experts`; or a block scale is NaN or negative, a global or activation
-            scale is not finite and positive, or a bias is not finite. Every problem is listed, with
-            the number of such values and where the first one is.
+            scale is not finite and positive, or a bias is not finite. The message lists every
+            problem, with the number of such values and the place of the first.
     """
     check_experts(experts)
     leaves = jax.tree.leaves(experts)
@@ -288,14 +290,14 @@ def validate(experts: ExpertWeights) -> None:
 
 
 def positive_problems(name: str, scale: np.ndarray) -> list[str]:
-    """What `problems_of` says of values that are no decode scales."""
+    """Returns `problems_of` for the values that are not valid decode scales."""
     tiny = np.finfo(np.float32).tiny
     bad = ~(np.isfinite(scale) & (scale >= tiny))
     return problems_of(name, scale, bad, "not finite and positive (>= 1.18e-38)")
 
 
 def problems_of(name: str, values: np.ndarray, bad: np.ndarray, what: str) -> list[str]:
-    """One line that counts the bad values and shows the first; none where there are none."""
+    """Returns a line that counts the bad values and shows the first, or [] if there are none."""
     if not bad.any():
         return []
     first = np.unravel_index(np.argmax(bad), bad.shape)

@@ -10,14 +10,14 @@ elements, `[E, rows, K/16]`; w13 has G*I rows, w2 has H.
 * **cute_dsl**: FlashInfer's CuTe-DSL kernels. Groups of 64 up rows and 64 gate rows alternate,
   nothing is shuffled, scales are swizzled in 128x4 tiles.
 
-Going from linear to a kernel's layout is always the same four steps: `padded_sizes`, then `pad_w13`
-or `pad_w2`, then a gather of rows by `w13_row_order` or `w2_row_order` (`w[..., order, :]`, bytes
-and scales alike), then, for scales alone, `swizzle_scales`. Backwards: `unswizzle_scales`, a gather
-by `inverse_order(order)`, `trim_w13` or `trim_w2`.
+Four steps lead from linear to a kernel's layout: `padded_sizes`; `pad_w13` or `pad_w2`; a gather of
+rows by `w13_row_order` or `w2_row_order` (`w[..., order, :]`, for bytes and scales); and
+`swizzle_scales`, for scales only. The way back is `unswizzle_scales`, a gather by
+`inverse_order(order)`, and `trim_w13` or `trim_w2`.
 
-Every map moves elements and never computes with them, so bits are kept for any dtype. Arrays come
-back as they came in: numpy stays numpy (perhaps as a view), JAX stays JAX and may be traced. Sizes
-and order vectors are always host values, hence constants under `jax.jit`.
+Every map moves elements and never computes with them, so it preserves the bits of any dtype. A
+numpy array gives a numpy array (possibly a view), and a JAX array, which may be traced, gives a JAX
+array. Sizes and order vectors are always host values, hence constants under `jax.jit`.
 """
 
 import math
@@ -35,11 +35,11 @@ ArrayT = TypeVar("ArrayT", np.ndarray, jax.Array)
 Layout = Literal["linear", "trtllm", "cute_dsl"]
 
 SCALE_ROWS, SCALE_COLS = 128, 4  # one tile of swizzled scales
-SHUFFLE_ROWS = 32  # rows TRTLLM-Gen shuffles together, for its epilogue tiles of 128 rows
+SHUFFLE_ROWS = 32  # rows that TRTLLM-Gen shuffles together, for its epilogue tiles of 128 rows
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `n`."""
+    """Returns the smallest multiple of `multiple` that is at least `n`."""
     return -(-n // multiple) * multiple
 
 
@@ -51,25 +51,26 @@ def padded_sizes(
     gated: bool,
     per_token: bool = False,
 ) -> tuple[int, int]:
-    """Sizes (H', I') to which weights are zero-padded for a layout.
+    """Returns the sizes (H', I') to which a layout zero-pads weights.
 
     The rule is vllm@0.33.0's. It meets TRTLLM-Gen's multiples of rows, K and scale tiles
-    (flashinfer-cubin@0.6.13: BatchedGemmOptions.h:447-451,579-592) and gives CuTe-DSL's default
-    tactic whole tiles, 2I % 128 == 0 and H % 128 == 0, which flashinfer-python@0.6.13 does not
-    check: on others it writes out of bounds (flashinfer#3957).
+    (flashinfer-cubin@0.6.13: BatchedGemmOptions.h:447-451,579-592). It also gives CuTe-DSL's
+    default tactic whole tiles, 2I % 128 == 0 and H % 128 == 0. flashinfer-python@0.6.13 does not
+    check these: with other sizes it writes out of bounds (flashinfer#3957).
 
     Args:
-        layout: "linear" changes nothing, "trtllm" and "cute_dsl" share one rule.
+        layout: "linear" pads nothing; "trtllm" and "cute_dsl" share one rule.
         hidden_size: H, a positive multiple of 16.
         intermediate_size: I, a positive multiple of 16.
         gated: whether w13 holds a gate half and an up half.
-        per_token: whether activations carry one scale per token.
+        per_token: whether each token has its own activation scale.
 
     Returns:
-        H to a multiple of 256 (512 when per token and not gated), I to 64 gated or 128 not gated.
+        H rounded up to a multiple of 256 (512 if per token and not gated), and I rounded up to a
+        multiple of 64 (128 if not gated).
 
     Raises:
-        ValueError: an unknown layout, or a size that blocks of 16 cannot fill.
+        ValueError: the layout is unknown, or a size is not a multiple of 16.
     """
     _check(layout, "hidden_size", hidden_size, BLOCK_SIZE)
     _check(layout, "intermediate_size", intermediate_size, BLOCK_SIZE)
@@ -84,7 +85,8 @@ def pad_w13(
 ) -> Shaped[ArrayT, "... Gr c"]:
     """Zero-pads w13 or its scales from `[..., G*I, C]` to `[..., G*rows, cols]`, any dtype.
 
-    Gate and up are padded apart. Raises ValueError for an odd number of gated rows, or to shrink.
+    Gate and up are padded separately. Raises ValueError if a gated w13 has an odd number of rows,
+    or if a target size is smaller than the array.
     """
     return _per_half(w, gated, partial(pad_w2, rows=rows, cols=cols))
 
@@ -92,26 +94,33 @@ def pad_w13(
 def trim_w13(
     w: Shaped[ArrayT, "... GI C"], *, gated: bool, rows: int, cols: int
 ) -> Shaped[ArrayT, "... Gr c"]:
-    """Inverse of `pad_w13`, `[..., G*I', C']` to `[..., G*rows, cols]`.
+    """Inverts `pad_w13`: trims `[..., G*I', C']` to `[..., G*rows, cols]`.
 
-    Raises ValueError for an odd number of gated rows, or to grow.
+    Raises ValueError if a gated w13 has an odd number of rows, or if a target size is larger than
+    the array.
     """
     return _per_half(w, gated, partial(trim_w2, rows=rows, cols=cols))
 
 
 def pad_w2(w: Shaped[ArrayT, "... H C"], *, rows: int, cols: int) -> Shaped[ArrayT, "... r c"]:
-    """Zero-pads w2 or its scales, `[..., H, C]` to `[..., rows, cols]`; ValueError to shrink."""
+    """Zero-pads w2 or its scales from `[..., H, C]` to `[..., rows, cols]`.
+
+    Raises ValueError if a target size is smaller than the array.
+    """
     lead, r, c = _shape("w", w)
     if rows < r or cols < c:
         raise ValueError(f"cannot pad {w.shape} to {rows=}, {cols=}: need at least {r}, {c}")
     if (rows, cols) == (r, c):
-        return w  # spares numpy a copy of gigabytes
+        return w  # numpy's pad would copy gigabytes
     widths = [(0, 0)] * len(lead) + [(0, rows - r), (0, cols - c)]
     return w.__array_namespace__().pad(w, widths)
 
 
 def trim_w2(w: Shaped[ArrayT, "... H C"], *, rows: int, cols: int) -> Shaped[ArrayT, "... r c"]:
-    """Inverse of `pad_w2`, `[..., H', C']` to `[..., rows, cols]`; ValueError to grow."""
+    """Inverts `pad_w2`: trims `[..., H', C']` to `[..., rows, cols]`.
+
+    Raises ValueError if a target size is larger than the array.
+    """
     _, r, c = _shape("w", w)
     if not (0 < rows <= r and 0 < cols <= c):
         raise ValueError(f"cannot trim {w.shape} to {rows=}, {cols=}: need at most {r}, {c}")
@@ -121,25 +130,25 @@ def trim_w2(w: Shaped[ArrayT, "... H C"], *, rows: int, cols: int) -> Shaped[Arr
 def w13_row_order(
     layout: Layout, intermediate_size: int, *, gated: bool, interleave: int = 64
 ) -> Int32[np.ndarray, "GI"]:
-    """For each stored row of w13, the row of the linear layout (gate then up) it comes from.
+    """Returns, for each stored row of w13, its row in the linear layout (gate then up).
 
-    The kernels want up before gate (flashinfer-python@0.6.13: trace/templates/moe.py:1169-1172);
-    that swap is part of this map. TRTLLM-Gen's rows are alternated and then shuffled (fused_moe/
-    core.py:195, utils.py:832). CuTe-DSL's groups: fused_moe/cute_dsl/blackwell/
-    blockscaled_contiguous_gather_grouped_gemm_swiglu_fusion.py:64. Biases follow the same order.
+    The kernels expect up before gate (flashinfer-python@0.6.13: trace/templates/moe.py:1169-1172);
+    this map includes that swap. TRTLLM-Gen alternates rows and then shuffles them (fused_moe/
+    core.py:195, utils.py:832). CuTe-DSL alternates groups: fused_moe/cute_dsl/blackwell/
+    blockscaled_contiguous_gather_grouped_gemm_swiglu_fusion.py:64. Biases have the same order.
 
     Args:
         layout: "linear" (the identity), "trtllm" or "cute_dsl".
         intermediate_size: I, after padding.
         gated: whether w13 holds a gate half and an up half.
-        interleave: rows in one of CuTe-DSL's groups. It belongs to the kernel's version, 64 in
-            flashinfer-python 0.6.13. Used for gated cute_dsl only.
+        interleave: rows in one of CuTe-DSL's groups, 64 in flashinfer-python 0.6.13. Only gated
+            weights in the "cute_dsl" layout use it.
 
     Returns:
         int32 `[G*I]`, a permutation.
 
     Raises:
-        ValueError: an unknown layout, or a size without whole tiles.
+        ValueError: the layout is unknown, or its tiles do not divide a size.
     """
     _check(layout, "interleave", interleave, 1)
     parts = 2 if gated else 1
@@ -159,10 +168,10 @@ def w13_row_order(
 
 
 def w2_row_order(layout: Layout, hidden_size: int) -> Int32[np.ndarray, "H"]:
-    """For each stored row of w2, the row of the linear layout it comes from.
+    """Returns, for each stored row of w2, its row in the linear layout: int32 `[H]`, padded H.
 
-    TRTLLM-Gen shuffles (flashinfer-python@0.6.13: utils.py:832), the others keep the order.
-    Returns int32 `[H]`, H after padding; ValueError for an unknown layout or without whole tiles.
+    TRTLLM-Gen shuffles rows (flashinfer-python@0.6.13: utils.py:832); the other layouts keep their
+    order. Raises ValueError if the layout is unknown, or its tiles do not divide H.
     """
     _check(layout, "hidden_size", hidden_size, 1 if layout == "linear" else SCALE_ROWS)
     source = np.arange(hidden_size, dtype=np.int32)
@@ -170,7 +179,7 @@ def w2_row_order(layout: Layout, hidden_size: int) -> Int32[np.ndarray, "H"]:
 
 
 def inverse_order(order: Int32[np.ndarray, "N"]) -> Int32[np.ndarray, "N"]:
-    """The permutation that undoes `order`; ValueError if `order` is not a permutation."""
+    """Returns the inverse permutation of `order`; ValueError if `order` is not a permutation."""
     inverse = np.argsort(order).astype(np.int32)
     if not np.array_equal(order[inverse], np.arange(len(order))):
         raise ValueError(f"order must hold each of 0..{len(order) - 1} exactly once, got {order}")
@@ -178,9 +187,9 @@ def inverse_order(order: Int32[np.ndarray, "N"]) -> Int32[np.ndarray, "N"]:
 
 
 def swizzle_scales(scales: Shaped[ArrayT, "... R C"]) -> Shaped[ArrayT, "... R128 C4"]:
-    """Reorders row-major scales into 128x4 tiles, zero-padding to whole tiles.
+    """Reorders row-major scales into 128x4 tiles, zero-padded to whole tiles.
 
-    With R and C rounded up, scale (i, j) of one matrix lands at flat byte
+    With R and C rounded up, scale (i, j) of one matrix moves to flat byte
     `swz(i, j) = ((i//128)*(C//4) + j//4)*512 + (i%32)*16 + ((i%128)//32)*4 + j%4`
     (flashinfer-python@0.6.13: cute_dsl/utils.py:339). CuTe-DSL's six-dimensional operand is a view
     of these same bytes.
@@ -192,7 +201,7 @@ def swizzle_scales(scales: Shaped[ArrayT, "... R C"]) -> Shaped[ArrayT, "... R12
         The same dtype, `[..., round_up(R, 128), round_up(C, 4)]`, bytes in swizzled order.
 
     Raises:
-        ValueError: fewer than two dimensions, or elements larger than a byte.
+        ValueError: `scales` has fewer than two dimensions, or its elements are larger than a byte.
     """
     lead, rows, cols = _shape("scales", scales)
     if scales.dtype.itemsize != 1:
@@ -200,14 +209,14 @@ def swizzle_scales(scales: Shaped[ArrayT, "... R C"]) -> Shaped[ArrayT, "... R12
     rows, cols = round_up(rows, SCALE_ROWS), round_up(cols, SCALE_COLS)
     tiles = (*lead, rows // SCALE_ROWS, 4, 32, cols // SCALE_COLS, SCALE_COLS)
     padded = pad_w2(scales, rows=rows, cols=cols)
-    # Swapping makes rows i, i+32, i+64, i+96 of a tile neighbours: 16 bytes that are read together.
+    # The swap makes rows i, i+32, i+64 and i+96 of a tile adjacent: 16 bytes, read together.
     return padded.reshape(tiles).swapaxes(-4, -2).reshape(*lead, rows, cols)
 
 
 def unswizzle_scales(
     swizzled: Shaped[ArrayT, "... R128 C4"], *, rows: int, cols: int
 ) -> Shaped[ArrayT, "... rows cols"]:
-    """Inverse of `swizzle_scales`: row-major `[..., rows, cols]`, padding dropped.
+    """Inverts `swizzle_scales`: returns row-major scales `[..., rows, cols]` without padding.
 
     Raises ValueError unless `swizzled` is `[..., round_up(rows, 128), round_up(cols, 4)]`.
     """
@@ -221,7 +230,7 @@ def unswizzle_scales(
 
 
 def _shuffled(rows: np.ndarray) -> np.ndarray:
-    """TRTLLM-Gen's source of each row: blocks of 8x4 rows, read as 4x8."""
+    """Returns TRTLLM-Gen's source of each row: blocks of 8x4 rows, read as 4x8."""
     within = rows % SHUFFLE_ROWS
     return rows - within + within % 8 * 4 + within // 8
 

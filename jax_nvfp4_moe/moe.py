@@ -56,23 +56,23 @@ def nvfp4_moe(
     axis_name: str | None = None,
     router_weight_on_input: bool = False,
 ) -> Float[Array, "T H"]:
-    """Returns the output of a mixture-of-experts layer with NVFP4 experts: router and experts.
+    """Returns the output of a mixture-of-experts layer with NVFP4 experts, routing included.
 
-    The same as `route` followed by `nvfp4_moe_routed`, whose errors and differentiation apply.
-    `Trtllm(route_in_kernel=True)` routes inside the kernel, in one launch less.
+    Equivalent to `route` followed by `nvfp4_moe_routed`; see the latter for transformations and
+    gradients. `Trtllm(route_in_kernel=True)` routes inside the kernel, with one launch less.
 
     Args:
         x: tokens [T, H]: bfloat16, float16 or float32. T may be 0.
-        logits: the router's output [T, E], over all experts of the layer; likewise.
+        logits: the router's output [T, E], over all experts of the layer; the same dtypes.
         experts: the layer's experts, in any layout.
-        routing: how to route.
+        routing: the routing method and its parameters.
         selection_bias: [E], added to the scores of "deepseek_v3" and "minimax2" for the selection
             only, or None.
         activation: as in `nvfp4_moe_routed`, as are all arguments below.
         implementation: None, a name, or an `Implementation` with options.
-        output_dtype: of the result.
+        output_dtype: the dtype of the result.
         axis_name: the mesh axis over which the experts are split.
-        router_weight_on_input: scale the token instead of the experts' output.
+        router_weight_on_input: whether to scale tokens instead of the experts' outputs.
 
     Returns:
         [T, H] of `output_dtype`.
@@ -112,28 +112,29 @@ def nvfp4_moe_routed(
     axis_name: str | None = None,
     router_weight_on_input: bool = False,
 ) -> Float[Array, "T H"]:
-    """Returns the output of a layer's NVFP4 experts, for tokens that are routed already.
+    """Returns the output of a layer's NVFP4 experts, for tokens that are already routed.
 
-    Pure: use it under `jax.jit`, `jax.vmap` (which folds into tokens), `jax.lax.scan` over layers,
-    `jax.export`. `jax.grad` gives straight-through gradients with respect to `x` and
-    `topk_weights`; the experts are frozen and get zeros.
+    The function is pure: use it under `jax.jit`, `jax.vmap` (which folds its axis into T),
+    `jax.lax.scan` over layers, and `jax.export`. `jax.grad` gives straight-through gradients with
+    respect to `x` and `topk_weights`; the experts are frozen, and their gradients are zero.
 
     Args:
         x: tokens [T, H]: bfloat16, float16 or float32. T may be 0.
         topk_ids: each token's experts [T, K], integers, all different ("trtllm" loses one of two
             slots with the same expert). Ids outside 0..E-1 contribute nothing.
-        topk_weights: their weights [T, K]; bfloat16, float16 or float32, float32 inside.
+        topk_weights: their weights [T, K]; bfloat16, float16 or float32, converted to float32.
         experts: the layer's experts, in any layout.
         activation: "silu", "gelu", "gelu_tanh" or "swiglu_oai" for gated experts, "relu2" for
             others; or an `Activation` with parameters.
-        implementation: None chooses. A name ("trtllm", "cute_dsl", "triton", "cpu", "emulation") or
-            an `Implementation` with options, such as `Cpu(level="avx2")`, insists.
-        output_dtype: bfloat16, float16 or float32; None means x's.
-        axis_name: the mesh axis over which the experts are split, inside `jax.shard_map`: device i
-            holds experts ``i*E/n .. (i+1)*E/n - 1``, ids remain those of the whole layer, and every
-            device passes the same tokens and gets the whole result. It does not depend on n.
-        router_weight_on_input: scale the token by its weight before the experts instead of their
-            output after (Llama 4); K must be 1.
+        implementation: None means the first one that can serve the call. A name ("trtllm",
+            "cute_dsl", "triton", "cpu", "emulation") or an `Implementation` with options, such as
+            `Cpu(level="avx2")`, means that one, or an error.
+        output_dtype: bfloat16, float16 or float32; None means the dtype of x.
+        axis_name: the mesh axis over which the experts are split, inside `jax.shard_map`. Device i
+            holds experts ``i*E/n .. (i+1)*E/n - 1``, but ids remain those of the whole layer. Every
+            device passes the same tokens and gets the whole result, which does not depend on n.
+        router_weight_on_input: whether to scale each token by its weight before the experts,
+            instead of their output afterwards (Llama 4); K must be 1.
 
     Returns:
         [T, H] of `output_dtype`: the weighted sum over each token's experts.
@@ -163,7 +164,7 @@ def _call(
     axis_name: str | None,
     router_weight_on_input: bool,
 ) -> Call:
-    """The static arguments, checked."""
+    """Checks the static arguments, and returns them as a `Call`."""
     activation = Activation.of(activation)
     check_activation(activation, experts)
     check_weight_on_input(router_weight_on_input, top_k)
@@ -174,7 +175,7 @@ def _call(
 def _as_int32(topk_ids: Int[Array, "T K"]) -> Int32[Array, "T K"]:
     limits = jnp.iinfo(jnp.int32)
     if jnp.iinfo(topk_ids.dtype).max > limits.max:
-        # Wrapped around, an id out of range could come to lie in it.
+        # Without the clip, an id out of range could wrap around into the valid range.
         topk_ids = jnp.clip(topk_ids, max(limits.min, jnp.iinfo(topk_ids.dtype).min), limits.max)
     return topk_ids.astype(jnp.int32)
 
@@ -191,15 +192,15 @@ def compute(
     *,
     routing: Routing | None = None,
 ) -> Float[Array, "T H"]:
-    """Returns the layer's output for arguments that are checked already.
+    """Returns the layer's output, without checking the arguments.
 
     Args:
         x: tokens.
-        routed: `Unrouted` for an implementation that routes by itself.
+        routed: their experts and weights, or `Unrouted` for an implementation that routes itself.
         experts: the layer's experts.
         call: the static arguments.
         implementation: as in `nvfp4_moe_routed`.
-        routing: how to route `Unrouted` tokens.
+        routing: the routing of `Unrouted` tokens.
 
     Raises:
         ValueError: no implementation has that name.
@@ -231,7 +232,7 @@ def _straight_through(
 
         return _folding_vmap(run)((x, routed), experts)
 
-    # The selection bias has no axis of tokens: it is folded like the experts.
+    # The selection bias has no token axis, so vmap treats it like the experts.
     def run_unrouted(tokens: tuple[Array, Array], layer: tuple[Array, ExpertWeights]) -> Array:
         x, logits = tokens
         bias, experts = layer
@@ -241,7 +242,7 @@ def _straight_through(
 
 
 def _run(plan: Plan, x: Array, routed: Routed | Unrouted, experts: ExpertWeights) -> Array:
-    """Runs a plan, and the fallback where the program is lowered for another platform."""
+    """Runs a plan; on platforms that it cannot be lowered for, runs the fallback."""
     if len(x) == 0:
         return jnp.zeros(x.shape, plan.problem.call.output_dtype)
     if len(x) != plan.problem.tokens:  # vmap folded its axis into T
@@ -313,10 +314,10 @@ def _zero_cotangent(array: Array) -> Any:
 
 
 def _folding_vmap(run: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """`run(tokens, layer)` that vmap turns into one call with more tokens.
+    """Returns `run(tokens, layer)` with a vmap rule that makes it one call with more tokens.
 
-    Every array of `tokens`, and every result, has the token axis first. Where arrays of `layer` are
-    batched too, the batch is computed one after another.
+    Every array of `tokens`, and every result, has the token axis first. If arrays of `layer` are
+    batched too, the calls of the batch run one after another.
     """
 
     @custom_vmap

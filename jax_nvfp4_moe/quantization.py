@@ -45,19 +45,19 @@ def quantize_experts(
 
     Args:
         gate: [E, I, H] in bfloat16, float16 or float32 (rows are outputs, as in checkpoints);
-            None for experts that are not gated.
+            None if the experts are not gated.
         up: [E, I, H].
         down: [E, H, I].
         w13_input_scale: decode scale (amax / 2688) of the layer's input, [], [E, 1] or [E, G].
         w2_input_scale: decode scale of the activation's output, [] or [E].
-        activation_scheme: None means "static" where the two scales are given and "per_token",
-            which needs no calibration, where they are not.
-        gate_bias: [E, I], or None. Gate and up have biases together.
+        activation_scheme: None means "static" with input scales, and "per_token", which needs no
+            calibration, without them.
+        gate_bias: [E, I], or None. Gate and up both have a bias, or neither has.
         up_bias: [E, I], or None.
         down_bias: [E, H], or None.
-        separate_scales: give an expert's gate and up a global scale each, [E, G], instead of one
-            for both, [E, 1], from the larger of the two. Some kernels take a shared one only:
-            "cute_dsl" always, "trtllm" with an activation that has a limit.
+        separate_scales: gives gate and up separate global scales, [E, G], instead of one for both,
+            [E, 1], from the larger magnitude of the two. Some kernels need a shared scale:
+            "cute_dsl" always, "trtllm" for an activation that has a limit.
 
     Returns:
         The experts, in the "linear" layout.
@@ -130,8 +130,8 @@ def _quantize_w13(gate: Array | None, up: Array, *, separate_scales: bool) -> Nv
 
 @jax.jit
 def _quantize_each(weights: Array) -> Nvfp4Array:
-    # One expert at a time: the float32 copies that quantising makes are those of one expert. The
-    # loop sees integers, as XLA:CPU widens narrow floats that are sliced: all of them, every time.
+    # One expert at a time, so that quantisation makes float32 copies of one expert only. The loop
+    # slices integers: XLA:CPU would widen sliced narrow floats, the whole array in every step.
     def one(bits: Array) -> Nvfp4Array:
         q = quantize(lax.bitcast_convert_type(bits, weights.dtype))
         return dataclasses.replace(q, scale=lax.bitcast_convert_type(q.scale, jnp.uint8))
@@ -142,12 +142,12 @@ def _quantize_each(weights: Array) -> Nvfp4Array:
 
 
 class SharedScales(NamedTuple):
-    """What `share_scales` returns.
+    """The result of `share_scales`.
 
     Attributes:
         experts: with `w13.global_scale` [E, 1].
-        relative_l2: how far each expert's dequantised w13 moved, float32 [E]:
-            ``||after - before|| / ||before||``; 0 where its two scales were equal.
+        relative_l2: the change of each expert's dequantised w13, float32 [E]:
+            ``||after - before|| / ||before||``; 0 if its two scales were equal.
     """
 
     experts: ExpertWeights
@@ -157,16 +157,17 @@ class SharedScales(NamedTuple):
 def share_scales(experts: ExpertWeights) -> SharedScales:
     """Gives each expert's gate and up one global scale, the larger of its two.
 
-    The half with the smaller scale gets its block scales multiplied by the quotient and rounded to
-    E4M3 again; codes stay as they are. A quotient that is a power of two changes nothing, unless a
-    block scale becomes subnormal. Kernels that take one scale for both halves then serve the layer.
+    The block scales of the half with the smaller global scale are multiplied by the quotient of the
+    two and rounded to E4M3 again; codes do not change. If the quotient is a power of two, values
+    change only where a block scale becomes subnormal. Kernels that need one scale for both halves
+    can then serve the layer.
 
     Args:
         experts: gated, in any layout.
 
     Returns:
-        The experts in the same layout, and the error. Experts with a shared scale come back as they
-        are, with errors of 0.
+        The experts in the same layout, and the error of each. Experts that share scales already are
+        returned unchanged, with errors of 0.
 
     Raises:
         TypeError, ValueError: as `check_experts`.
@@ -185,7 +186,7 @@ def share_scales(experts: ExpertWeights) -> SharedScales:
 
 @jax.jit
 def _share(w13: Nvfp4Array) -> tuple[Float[Array, "E GI H/16"], Float32[Array, " E"]]:
-    """New block scales, and each expert's error; one expert at a time."""
+    """Returns new block scales and each expert's error, computed one expert at a time."""
 
     def one(expert: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         data, bits, global_scale = expert
@@ -204,7 +205,7 @@ def _share(w13: Nvfp4Array) -> tuple[Float[Array, "E GI H/16"], Float32[Array, "
         rounded = rounded.reshape(scale.shape).astype(jnp.float8_e4m3fn)
         return lax.bitcast_convert_type(rounded, jnp.uint8), error
 
-    # As bytes: XLA:CPU widens narrow floats that are sliced, all of them, every time.
+    # As bytes: XLA:CPU would widen sliced narrow floats, the whole array in every step.
     bits = lax.bitcast_convert_type(w13.scale, jnp.uint8)
     bits, relative_l2 = lax.map(one, (w13.data, bits, w13.global_scale))
     return lax.bitcast_convert_type(bits, jnp.float8_e4m3fn), relative_l2

@@ -18,11 +18,14 @@ from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 
 
 def to_layout(experts: ExpertWeights, layout: Layout) -> ExpertWeights:
-    """Returns the same experts in a layout; an exact bijection, `experts` itself if in it already.
+    """Returns the same experts in another layout; an exact bijection.
 
     Args:
         experts: in any layout, checked.
         layout: "linear", "trtllm" or "cute_dsl".
+
+    Returns:
+        The experts in `layout`; `experts` itself if it has that layout already.
     """
     if layout == experts.layout:
         return experts
@@ -30,7 +33,7 @@ def to_layout(experts: ExpertWeights, layout: Layout) -> ExpertWeights:
 
 
 def row_orders(experts: ExpertWeights) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Where each logical row of w13 and of w2 is stored; None where that is its own place."""
+    """Returns where each logical row of w13 and of w2 is stored; None for each in linear layout."""
     if experts.layout == "linear":
         return None, None
     hidden, intermediate = padded_sizes(experts, experts.layout)
@@ -86,7 +89,7 @@ def _to_linear(experts: ExpertWeights) -> ExpertWeights:
     def unswizzle(scale: Array) -> Array:
         return layouts.unswizzle_scales(scale, rows=scale.shape[-2], cols=scale.shape[-1])
 
-    # The swizzle is undone first: rows are reordered and trimmed in the plain arrangement.
+    # The swizzle is undone first: the row order refers to row-major scales.
     return dataclasses.replace(
         experts,
         w13=_arranged(experts.w13, w13, before=unswizzle),
@@ -106,10 +109,10 @@ def _arranged(
     before: Callable[[Array], Array] = _same,
     after: Callable[[Array], Array] = _same,
 ) -> Nvfp4Array:
-    """Applies one arrangement to codes (2 a byte) and scales (16 elements each).
+    """Applies one rearrangement to codes (2 in each byte) and scales (one for 16 elements).
 
-    `before` and `after` are for the scales alone, which are moved as bytes: XLA:CPU would widen
-    float8.
+    `before` and `after` apply to the scales only. Scales are moved as bytes, because XLA:CPU would
+    widen float8.
     """
     scale = before(lax.bitcast_convert_type(weights.scale, jnp.uint8))
     scale = after(arrange(scale, BLOCK_SIZE))
@@ -121,21 +124,21 @@ def _arranged(
 
 
 def take_experts(experts: ExpertWeights, ids: Int[Array, "*ids"]) -> ExpertWeights:
-    """Returns the experts at `ids`, in the linear layout, whatever layout they are read from.
+    """Returns the experts at `ids` in the linear layout, from experts in any layout.
 
     Args:
         experts: in any layout, [E, ...].
         ids: each in 0..E-1 (not checked).
 
     Returns:
-        Experts whose arrays begin with the axes of `ids` in place of E. Scalar activation scales
-        and those of all experts stay as they are: they belong to the layer.
+        Experts whose arrays have the axes of `ids` in place of E. Activation scales are unchanged:
+        they belong to the layer.
     """
 
     def take(array: Array) -> Array:
         if array.dtype == jnp.float8_e4m3fn:
-            # As bytes: XLA:CPU widens float8 operands of a slice, here those of every expert. And
-            # in a loop it would make the bytes of every expert once, before it.
+            # Taken as bytes: XLA:CPU widens the float8 operand of a slice, here all experts. The
+            # barrier keeps it from converting all experts to bytes before a loop.
             array, _ = lax.optimization_barrier((array, ids))
             taken = take(lax.bitcast_convert_type(array, jnp.uint8))
             return lax.bitcast_convert_type(taken, jnp.float8_e4m3fn)

@@ -1,7 +1,7 @@
-"""Routing: selects the experts of each token, and their weights.
+"""Routing: selects each token's experts and computes their weights.
 
-The methods are those of FlashInfer's TRTLLM-Gen kernels, as a table. A new method is an entry of
-`_METHODS` and a line of `Routing`'s docstring; CONTRIBUTING.md says how it is tested.
+`_METHODS` is a table of the routing methods of FlashInfer's TRTLLM-Gen kernels. To add a method,
+add an entry to it and a line to `Routing`'s docstring; CONTRIBUTING.md explains how to test it.
 """
 
 import dataclasses
@@ -18,13 +18,14 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe._messages import described
 
-# Keeps a sum of vanished sigmoids from being a zero divisor: the kernels' and DeepSeek-V3's own.
+# Added to a sum of sigmoids, which may underflow to 0, before dividing by it; the kernels and
+# DeepSeek-V3 use the same value.
 _EPSILON = 1e-20
 
 
 @jax.custom_jvp
 def _divide(x: Float[Array, "T k"], y: Float[Array, "T 1"]) -> Float[Array, "T k"]:
-    """`x / y` whose derivative stays finite where y ** -2 overflows, as at y = _EPSILON."""
+    """Returns `x / y`; its derivative stays finite where y ** -2 overflows, as at y = _EPSILON."""
     return x / y
 
 
@@ -51,8 +52,8 @@ def _normalized(x: Float[Array, "T k"]) -> Float[Array, "T k"]:
 class _Method:
     score: Callable[[Array], Array]  # logits [T, E] to scores; the k largest select
     weigh: Callable[[Array], Array]  # scores of the selected experts [T, k] to their weights
-    biased: bool = False  # whether it takes a selection bias and a scaling factor, as DeepSeek-V3
-    grouped: bool = False  # whether it takes groups of experts
+    biased: bool = False  # whether it has a selection bias and a scaling factor, as DeepSeek-V3
+    grouped: bool = False  # whether it can select among groups of experts
 
 
 _METHODS = {
@@ -77,17 +78,17 @@ class Routing:
 
     Attributes:
       method: how a token's experts are selected and weighted:
-        * `default`: softmax over all experts, the k largest, not renormalised.
-        * `renormalize`: the k largest logits, softmax over those.
-        * `renormalize_naive`: `default` divided by the sum of the selected.
+        * `default`: the k largest of the softmax over all experts, not renormalised.
+        * `renormalize`: the softmax over the k largest logits.
+        * `renormalize_naive`: the weights of `default`, divided by their sum.
         * `deepseek_v3`: the k largest sigmoid(logit) + bias among the `topk_group` best of
-          `n_group` groups, a group's score being the sum of its two best; weights are the
+          `n_group` groups; a group's score is the sum of its two best. The weights are the
           sigmoids without the bias, divided by their sum, times `scaling_factor`.
         * `minimax2`: `deepseek_v3` with one group.
-        * `llama4`: the largest logit, its sigmoid (k = 1).
-        * `topk`: the k largest logits, as they are.
-        * `sigmoid`: the k largest sigmoids, as they are.
-        * `sigmoid_renorm`: `sigmoid` divided by the sum of the selected.
+        * `llama4`: the sigmoid of the largest logit (k = 1).
+        * `topk`: the k largest logits.
+        * `sigmoid`: the k largest sigmoids.
+        * `sigmoid_renorm`: the weights of `sigmoid`, divided by their sum.
       top_k: experts per token, k.
       n_group, topk_group: the number of groups that consecutive experts form, and the number of
         groups that a token may use. Only for `deepseek_v3`.
@@ -95,7 +96,8 @@ class Routing:
         kernels.
 
     Raises:
-      TypeError, ValueError: an argument is of the wrong type, out of range or not for this method.
+      TypeError, ValueError: an argument has the wrong type, is out of range, or does not apply to
+        this method.
     """
 
     method: str
@@ -138,32 +140,33 @@ def route(
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
     """Returns the k experts of every token, and their weights.
 
-    A pure function, jittable with `routing` static, and differentiable through the weights. It
-    computes in float32. Of equal scores the lower index ranks first; -0.0 ranks below 0.0, as in
-    the kernels.
+    The function is pure, can be jitted with `routing` static, and is differentiable with respect to
+    `logits` through the weights. It computes in float32. Between equal scores the lower index ranks
+    first; -0.0 ranks below 0.0, as in the kernels.
 
-    The formulas are those of flashinfer-python@0.6.13 (RoutingCustomPolicy.cuh,
+    The formulas follow flashinfer-python@0.6.13 (RoutingCustomPolicy.cuh,
     trtllm_fused_moe_routing_{deepseek,llama4}.cu) with two corrections of 0.7.2: `deepseek_v3` adds
-    1e-20 to the sum, and weights are computed from the logits, where 0.6.13 subtracts the bias from
-    the biased scores and a large bias makes NaN. Not reproduced: the kernels' sigmoid is flat below
-    about -17, and they round weights to bfloat16, and with groups the bias too.
+    1e-20 to the sum, and weights are computed from the logits. (0.6.13 subtracts the bias from the
+    biased scores, so a large bias gives NaN.) Two properties of the kernels are not reproduced:
+    their sigmoid is flat below about -17, and they round weights to bfloat16, and the bias too if
+    there are groups.
 
     Args:
       logits: the router's output, [T, E], bfloat16, float16 or float32. With NaN the selection is
-        unspecified. -inf has probability 0, but a bias may still select it. A row of -inf alone
-        selects the first k experts if there is no bias; their weights are NaN for methods with a
-        softmax, -inf for `topk`, and 0 for the others.
+        unspecified. -inf has probability 0, but a bias may still select it. A row that is -inf
+        throughout selects the first k experts if there is no bias; their weights are NaN for
+        methods with a softmax, -inf for `topk`, and 0 for the others.
       routing: the method and its parameters.
-      selection_bias: DeepSeek's `e_score_correction_bias`, [E], finite, same dtypes; added to the
-        scores for the selection only. None means zeros.
+      selection_bias: DeepSeek's `e_score_correction_bias`, [E], finite, of the same dtypes; added
+        to the scores for the selection only. None means zeros.
 
     Returns:
       ids: int32 [T, k], best first.
       weights: float32 [T, k], in the order of `ids`.
 
     Raises:
-      TypeError: `routing` is no Routing, or an array has another dtype.
-      ValueError: a shape does not fit, or the method takes no bias.
+      TypeError: `routing` is not a Routing, or an array has an unsupported dtype.
+      ValueError: a shape does not fit, or the method has no selection bias.
     """
     check_routable(logits, routing, selection_bias)
     return select_experts(logits, routing, selection_bias)
@@ -172,7 +175,7 @@ def route(
 def select_experts(
     logits: Float[Array, "T E"], routing: Routing, selection_bias: Float[Array, " E"] | None
 ) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
-    """Returns what `route` returns, for arguments that are checked already."""
+    """Returns the result of `route` without checking the arguments."""
     method = _METHODS[routing.method]
     scores = method.score(jnp.asarray(logits).astype(jnp.float32))
     ranked = jax.lax.stop_gradient(scores)
@@ -186,7 +189,7 @@ def select_experts(
 
 
 def check_routable(logits: Array, routing: Routing, selection_bias: Array | None) -> None:
-    """Checks the arguments of `route`, and raises what it raises."""
+    """Checks the arguments of `route`, and raises the errors that it documents."""
     if not isinstance(routing, Routing):
         raise TypeError(f"routing is {described(routing)}, expected Routing(method, top_k, ...)")
     _check_logits(logits, routing)
@@ -230,7 +233,7 @@ def check_fits(routing: Routing, experts: int, of: str) -> None:
 def _keep_best_groups(ranked: Float[Array, "T E"], routing: Routing) -> Float[Array, "T E"]:
     """Returns the scores with -inf for the experts outside a token's best groups.
 
-    Hugging Face's modeling_deepseek_v3.py sets them to 0, which a negative bias lets win.
+    Hugging Face's modeling_deepseek_v3.py sets them to 0, which beats a negative biased score.
     """
     tokens, experts = ranked.shape
     size = experts // routing.n_group

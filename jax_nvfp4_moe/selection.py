@@ -1,4 +1,4 @@
-"""The choice of an implementation, the reasons for it, and weights prepared for one."""
+"""Chooses an implementation, explains the choice, and prepares weights for one."""
 
 import dataclasses
 
@@ -21,8 +21,8 @@ class Choice:
     """One line of a report.
 
     Attributes:
-        name: the implementation.
-        used: whether the call would run on it.
+        name: the implementation's name.
+        used: whether the call would use it.
         reason: how it would serve the call, or why it does not.
     """
 
@@ -36,8 +36,8 @@ class Report:
     """The result of `explain`; prints as a table.
 
     Attributes:
-        device_kind: the device it is about.
-        choices: every implementation, in order of preference.
+        device_kind: the kind of device that the call would run on.
+        choices: one for every implementation, in order of preference.
     """
 
     device_kind: str
@@ -57,7 +57,7 @@ class Report:
 
 
 def resolve(implementation: str | Implementation | None) -> Implementation | None:
-    """Returns the implementation that an argument means; None leaves the choice open.
+    """Returns the implementation that the argument `implementation` names; None for None.
 
     Raises:
         ValueError: no implementation has that name.
@@ -78,11 +78,12 @@ def choose(implementation: str | Implementation | None, problem: Problem) -> Pla
     Args:
         implementation: a name, an implementation with options, or None for the first one, in order
             of preference, that can serve the problem.
-        problem: sizes, types and device. Values play no part.
+        problem: sizes, types and device. The choice does not depend on values.
 
     Raises:
         ValueError: no implementation has that name.
-        NotImplementedError: the one that was named cannot serve the problem; the message says why.
+        NotImplementedError: the implementation that was named cannot serve the problem; the message
+            gives the reason.
     """
     named = resolve(implementation)
     if named is None:
@@ -101,7 +102,7 @@ def fallback(problem: Problem) -> Plan:
 
 
 def _plans(problem: Problem) -> dict[str, Plan | str]:
-    """Every implementation's plan, or the reason why it has none, in order of preference."""
+    """Returns each implementation's plan, or the reason for having none, in preference order."""
     return {name: _plan_or_reason(each, problem) for name, each in IMPLEMENTATIONS.items()}
 
 
@@ -120,20 +121,21 @@ def explain(
     activation: str | Activation | None = None,
     device_kind: str | None = None,
 ) -> Report:
-    """Returns which implementation a call would run on, and why not on the others.
+    """Returns the implementation that a call would use, and why it would not use the others.
 
     Args:
-        experts: the layer; arrays, or `jax.ShapeDtypeStruct`s as from `jax.eval_shape`.
-        routing: how tokens are routed.
+        experts: the layer's experts; arrays, or `jax.ShapeDtypeStruct`s from `jax.eval_shape`.
+        routing: the routing method and its parameters.
         tokens: T.
-        activation: of the layer; None means "silu", or "relu2" for experts that are not gated.
-        device_kind: for example "NVIDIA B200"; None means the device that would be traced for.
+        activation: the layer's; None means "silu", or "relu2" for experts that are not gated.
+        device_kind: for example "NVIDIA B200"; None means the device that a call would be traced
+            for.
 
     Returns:
         A report; `print` it, or read its fields.
 
     Raises:
-        TypeError: `experts` or `routing` is not of its type.
+        TypeError: an argument has the wrong type.
         ValueError: `tokens` is negative, or `activation` or `routing` does not fit the experts.
     """
     check_experts(experts)
@@ -171,8 +173,8 @@ def explain(
 def prepare(experts: ExpertWeights, implementation: str | Implementation) -> ExpertWeights:
     """Returns the experts in the layout that an implementation reads; an exact bijection.
 
-    Padding (zero codes and zero scales), row order and scale swizzle, as `layouts` describes them.
-    Prepared experts still run everywhere: other implementations undo the layout as they read.
+    `layouts` describes the padding (zero codes and zero scales), the row order and the scale
+    swizzle. Prepared experts still run everywhere: other implementations convert them in the call.
 
     Args:
         experts: in any layout.
@@ -180,7 +182,7 @@ def prepare(experts: ExpertWeights, implementation: str | Implementation) -> Exp
             the linear layout), or an implementation with options.
 
     Returns:
-        The same experts in that layout; `experts` itself if they are in it already.
+        The same experts in that layout; `experts` itself if it has that layout already.
 
     Raises:
         TypeError, ValueError: `experts` is not valid, or no implementation has that name.

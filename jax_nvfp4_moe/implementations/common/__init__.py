@@ -1,1 +1,1 @@
-"""What implementations share: the arithmetic's steps, the grouping of pairs, the backward pass."""
+"""Code that implementations share: the arithmetic, the grouping of pairs, the backward pass."""

@@ -1,15 +1,16 @@
-"""The products of NVFP4 weights with activations, never interleaving a decoded byte.
+"""Multiplies NVFP4 weights with activations, without interleaving decoded elements.
 
 A packed byte holds an even and an odd element. Activations are split into even and odd columns
-once, and the two halves of a contraction are added at the end. Three forms of the same sum:
+once; the contraction of each half is computed separately, and the two are added at the end. Three
+functions compute the same sum:
 
-* `multiply_reduce`: a set of weights for each row. XLA:GPU fuses the gather of the hit experts'
-  bytes, the decoding and the sum into one kernel that writes nothing but the result.
-* `integer_multiply_reduce`: the same on a CPU, where the vector units are wider in integers.
-  Doubled codes are integers, so the sum over a block is exact in 16 bits; the product of the two
-  block scales, exact too, follows.
-* `decode_and_dot`: one expert's weights for many rows. They are decoded into a temporary, exact in
-  bfloat16, and multiplied on the matrix unit.
+* `multiply_reduce`: each row has its own weights. XLA:GPU fuses the gather of the hit experts'
+  bytes, the decoding and the sum into one kernel that writes only the result.
+* `integer_multiply_reduce`: the same for CPUs, whose vector units process more integers than floats
+  at once. Doubled codes are integers, so the sum over a block is exact in 16 bits. It is then
+  multiplied by the product of the two block scales, which is exact too.
+* `decode_and_dot`: many rows share one expert's weights, which are decoded into a temporary, exact
+  in bfloat16, and multiplied on the matrix unit.
 """
 
 import dataclasses
@@ -27,13 +28,13 @@ from jax_nvfp4_moe.rounding import round_to
 
 
 class Rows(NamedTuple):
-    """Activation rows, even and odd columns apart.
+    """Activation rows, with even and odd columns in separate arrays.
 
     Attributes:
         low: even columns [..., K/2]: float32 values, or int8 doubled E2M1 codes with `scale`.
-        high: odd columns.
-        scale: float32 block scales [..., K/16] of the codes; None where low and high are values.
-        global_scale: float32 decode scale [..., 1] still to be multiplied; None for none.
+        high: odd columns, likewise.
+        scale: float32 block scales [..., K/16] of the codes; None if low and high are values.
+        global_scale: float32 decode scale [..., 1], not yet applied; None if there is none.
     """
 
     low: Float32[Array, "*rows K/2"] | Int8[Array, "*rows K/2"]
@@ -42,7 +43,7 @@ class Rows(NamedTuple):
     global_scale: Float32[Array, "*rows 1"] | None
 
     def values(self) -> tuple[Array, Array]:
-        """Even and odd columns as float32 values without the global scale; exact."""
+        """Returns even and odd columns as float32 values without the global scale; exact."""
         if self.scale is None:
             return self.low, self.high
         half = _by_block(0.5 * self.scale, self.low.shape)
@@ -51,21 +52,21 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class WeightValues:
-    """How weights become operands.
+    """Decodes weights into operands.
 
     Attributes:
-        dtype: the type in which every operand value is exact; GPUs and TPUs multiply in it.
-        folded: whether the global scale is folded in and the product rounded to `dtype`, as the
-            "vllm" preset has it; else operands are code * scale, exact.
+        dtype: the type in which every operand is exact; GPUs and TPUs multiply in it.
+        folded: whether operands include the global scale, rounded to `dtype` afterwards, as in the
+            "vllm" preset. If not, operands are code * scale, exact.
     """
 
     dtype: Any
     folded: bool
 
     def __call__(self, weights: Nvfp4Array) -> tuple[Array, Array]:
-        """Even and odd columns of the weights, float32 [..., N, K/2]."""
-        # Nothing is computed per block before it is spread over the block's bytes: XLA for a B200
-        # would write such scales, those of every hit expert, to memory.
+        """Returns even and odd columns of the weights, float32 [..., N, K/2]."""
+        # Scales are repeated over a block's bytes before any arithmetic on them: otherwise XLA for
+        # a B200 writes the computed scales of all hit experts to memory.
         scale = _by_block(weights.scale.astype(jnp.float32), weights.data.shape)
         if self.folded:
             scale = scale * expand_global_scale(weights.global_scale, scale.shape[:-1])[..., None]
@@ -76,9 +77,10 @@ class WeightValues:
 
 
 def _e2m1(codes: Array) -> Array:
-    """Values of codes 0..15, in float32 throughout, which XLA:GPU keeps in registers.
+    """Returns the values of codes 0..15, computed in float32, which XLA:GPU keeps in registers.
 
-    Decoded as int8, as `format.doubled_codes` has it, a B200's cost model writes them to memory.
+    If they were decoded as int8, as by `format.doubled_codes`, XLA would write them to memory,
+    according to its cost model of a B200.
     """
     m = (codes & 7).astype(jnp.float32) * 0.5
     magnitude = m + jnp.maximum(m - 2, 0) + 2 * jnp.maximum(m - 3, 0)
@@ -86,7 +88,7 @@ def _e2m1(codes: Array) -> Array:
 
 
 def _by_block(scale: Array, shape: tuple[int, ...]) -> Array:
-    """Repeats block scales over the eight bytes of a block."""
+    """Returns block scales, repeated over the eight bytes of each block."""
     repeated = jnp.broadcast_to(scale[..., None], (*scale.shape, BLOCK_SIZE // 2))
     return repeated.reshape(shape)
 
@@ -94,12 +96,12 @@ def _by_block(scale: Array, shape: tuple[int, ...]) -> Array:
 def multiply_reduce(
     rows: Rows, weights: Nvfp4Array, as_values: WeightValues
 ) -> Float32[Array, "*rows N"]:
-    """Each row with its own weights: ``sum_k rows[..., k] * weights[..., n, k]``.
+    """Multiplies each row by its own weights: ``sum_k rows[..., k] * weights[..., n, k]``.
 
     Args:
-        rows: [..., K]; axes of length 1 are repeated.
+        rows: [..., K]; axes of length 1 are broadcast.
         weights: [..., N, K].
-        as_values: how weights become operands.
+        as_values: decodes weights into operands.
 
     Returns:
         float32 sums, without global scales unless `as_values` folds them.
@@ -111,7 +113,7 @@ def multiply_reduce(
 def integer_multiply_reduce(
     rows: Rows, weights: Nvfp4Array, as_values: WeightValues
 ) -> Float32[Array, "*rows N"]:
-    """`multiply_reduce` in integers, for rows that are codes and weights that are not folded."""
+    """Returns the result of `multiply_reduce`, for rows that are codes and unfolded weights."""
     assert rows.scale is not None and not as_values.folded
     # 16 products of at most 12 * 12 stay below 2**15.
     x_low, x_high = (n.astype(jnp.int16)[..., None, :] for n in (rows.low, rows.high))
@@ -120,7 +122,7 @@ def integer_multiply_reduce(
     blocks = products.reshape(*products.shape[:-1], -1, BLOCK_SIZE // 2)
     sums = jnp.sum(blocks, axis=-1, dtype=jnp.int16).astype(jnp.float32)
     scaled = sums * weights.scale.astype(jnp.float32)
-    # A dot, as XLA:CPU sums along rows several times faster that way.
+    # A dot, because XLA:CPU sums along rows several times faster that way.
     batch = tuple(range(scaled.ndim - 2))
     scale = jnp.broadcast_to(0.25 * rows.scale, (*scaled.shape[:-2], scaled.shape[-1]))
     contract = (((scaled.ndim - 1,), (scale.ndim - 1,)), (batch, batch))
@@ -130,12 +132,12 @@ def integer_multiply_reduce(
 def decode_and_dot(
     rows: Rows, weights: Nvfp4Array, as_values: WeightValues
 ) -> Float32[Array, "M N"]:
-    """All rows with the same weights: ``rows @ weights.T``.
+    """Multiplies all rows by the same weights: ``rows @ weights.T``.
 
     Args:
         rows: [M, K].
         weights: [N, K].
-        as_values: how weights become operands.
+        as_values: decodes weights into operands.
 
     Returns:
         float32 sums, without global scales unless `as_values` folds them.
@@ -145,12 +147,12 @@ def decode_and_dot(
 
 
 def dot(x: Float32[Array, "M K"], w: Float32[Array, "N K"], dtype: Any) -> Float32[Array, "M N"]:
-    """``x @ w.T`` accumulated in float32, of values that are exact in `dtype`.
+    """Returns ``x @ w.T``, accumulated in float32, for values that are exact in `dtype`.
 
-    CPUs multiply in float32; elsewhere the matrix unit takes the operands in `dtype`.
+    CPUs multiply in float32; on other devices the matrix unit multiplies in `dtype`.
     """
     last = (((1,), (1,)), ((), ()))
-    # HIGHEST matters for float32 alone: it keeps TF32 and bfloat16 passes off.
+    # HIGHEST affects float32 only: it rules out TF32 and bfloat16 passes.
     multiply = functools.partial(
         lax.dot_general,
         dimension_numbers=last,

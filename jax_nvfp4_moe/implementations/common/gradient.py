@@ -1,6 +1,6 @@
 """The backward pass of every implementation: straight through the quantisers.
 
-A quantiser's derivative is taken as 1, so the gradient is that of the layer with dequantised
+Each quantiser's derivative is taken as 1. The result is the gradient of the layer with dequantised
 weights, evaluated at the quantised activations. Experts are frozen: their gradient is zero.
 """
 
@@ -32,16 +32,16 @@ def backward(
 ) -> tuple[Float[Array, "T H"], Float32[Array, "T K"]]:
     """Returns the cotangents of `x` and `topk_weights`.
 
-    Experts are decoded one at a time, and the forward pass is computed again for each tile.
+    Experts are decoded one at a time, and each tile recomputes its part of the forward pass.
 
     Args:
         call: the static arguments of the forward call.
-        numerics: the preset of the forward call, whose quantised activations these are.
+        numerics: the preset of the forward call, for its quantised activations.
         x: tokens.
-        topk_ids: their experts, among all of the layer.
+        topk_ids: each token's experts, among all experts of the layer.
         topk_weights: their weights.
-        experts: those of this device.
-        cotangent: of the layer's output.
+        experts: this device's experts.
+        cotangent: the cotangent of the layer's output.
 
     Returns:
         Arrays of the shapes and dtypes of `x` and `topk_weights`.
@@ -52,7 +52,7 @@ def backward(
     recipe = Recipe(call, experts.activation_scheme, x.dtype, numerics)
     values, g = x.astype(jnp.float32), cotangent.astype(jnp.float32)
     on_input = call.router_weight_on_input
-    # Rounded as in the forward pass, whose quantised activations these are.
+    # Rounded as in the forward pass, to get the same quantised activations.
     factor = round_to(topk_weights, x.dtype)
     scaled = round_to(values * factor, x.dtype) if on_input else values
     ids = local_ids(call, topk_ids, experts)
@@ -78,7 +78,7 @@ def backward(
         dw_tile = jnp.sum(dy * rows, axis=-1)
         (dc1,) = activation_vjp(_interleaved_product(dy * weights[tile.pair][:, None], w2))
         dx_tile = _interleaved_product(dc1, w13)
-        # Rows that are not live go out of range, where "drop" discards them.
+        # Rows that are not live get indices out of range, which "drop" discards.
         dx = dx.at[jnp.where(tile.live, token, tokens)].add(dx_tile, mode="drop")
         dw = dw.at[jnp.where(tile.live, tile.pair, pairs)].set(dw_tile, mode="drop")
         return dx, dw
@@ -102,7 +102,7 @@ def backward(
 
 
 def _values(recipe: Recipe, own: ExpertWeights, field: str) -> tuple[Array, Array]:
-    """One matrix of one expert, even and odd columns, with its global scale."""
+    """Returns even and odd columns of one matrix of one expert, global scale applied."""
     weights = getattr(own, field)
     low, high = WeightValues(recipe.row_dtype, folded=False)(weights)
     scale = expand_global_scale(weights.global_scale, weights.data.shape[:-1])[..., None]
@@ -117,7 +117,7 @@ def _product(rows: Rows, weights: tuple[Array, Array]) -> Array:
 
 
 def _interleaved_product(g: Array, weights: tuple[Array, Array]) -> Array:
-    """The product `g @ weights`, its even and odd columns put back together."""
+    """Returns the product `g @ weights`, its even and odd columns interleaved."""
     low, high = (_dot(g, w.T) for w in weights)
     return jnp.stack([low, high], axis=-1).reshape(g.shape[0], -1)
 

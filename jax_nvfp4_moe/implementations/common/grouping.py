@@ -1,4 +1,4 @@
-"""Groups (token, slot) pairs by expert, in tiles of a fixed number of rows."""
+"""Groups (token, slot) pairs by expert, into tiles of a fixed number of rows."""
 
 import math
 from typing import NamedTuple
@@ -8,13 +8,14 @@ from jaxtyping import Array, Bool, Int32, Shaped
 
 
 class Tile(NamedTuple):
-    """Some of one expert's pairs.
+    """Some of one expert's pairs; the index of a pair is ``token * K + slot``.
 
     Attributes:
         expert: the expert, [].
-        first: where the tile begins in the order of pairs sorted by expert, [].
-        pair: which pairs ``token * K + slot`` [M]; rows that are not live repeat some pair.
-        live: which rows are the expert's, [M]: the first ones. The next tile begins after them.
+        first: where the tile begins among the pairs sorted by expert, [].
+        pair: each row's pair, [M]; rows that are not live repeat some pair.
+        live: whether each row holds one of the expert's pairs, [M]. The first rows do; the next
+            tile begins after them.
     """
 
     expert: Int32[Array, ""]
@@ -27,10 +28,11 @@ class Tiles(NamedTuple):
     """All tiles.
 
     Attributes:
-        expert: of each tile; outside 0..E-1 there is nothing to do.
-        first: where each begins in the order of pairs sorted by expert; None: at its own number.
-        live: how many rows are the expert's: the first ones, 0 for a tile that is not needed; None
-            means one.
+        expert: each tile's expert; tiles whose expert is outside 0..E-1 are skipped.
+        first: where each tile begins among the pairs sorted by expert; None means that tile i
+            begins at pair i.
+        live: how many rows of each tile, its first ones, hold pairs; 0 for a tile that is not
+            needed. None means one row in each tile.
     """
 
     expert: Int32[Array, " tiles"]
@@ -39,12 +41,12 @@ class Tiles(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """Pairs sorted by expert, cut into tiles that do not straddle two experts.
+    """Pairs sorted by expert, cut into tiles of one expert each.
 
     Attributes:
-        order: pairs sorted by expert [P]; those without an expert come last.
+        order: pairs sorted by expert [P]; pairs without an expert come last.
         first_pair: where each expert's pairs begin in `order`, [E].
-        pairs: how many pairs each expert has, [E].
+        pairs: the number of each expert's pairs, [E].
         last_tile: the number of tiles up to and including each expert's, [E].
     """
 
@@ -55,11 +57,11 @@ class Grouping(NamedTuple):
 
     @property
     def num_tiles(self) -> Int32[Array, ""]:
-        """How many tiles there are, known at run time."""
+        """The number of tiles, known at run time."""
         return self.last_tile[-1]
 
     def tile(self, index: Int32[Array, ""], rows: int) -> Tile:
-        """Tile number `index` of `rows` rows."""
+        """Returns tile number `index`, of `rows` rows."""
         expert = jnp.sum(self.last_tile <= index, dtype=jnp.int32)
         tiles_before = self.last_tile[expert] - _tiles(self.pairs[expert], rows)
         offset = (index - tiles_before) * rows
@@ -70,7 +72,7 @@ class Grouping(NamedTuple):
         return Tile(expert, first + offset, pair, live)
 
     def tiles(self, rows: int) -> "Tiles":
-        """All tiles of `rows` rows at once, as many as there can be."""
+        """Returns all tiles of `rows` rows: as many as any routing can need."""
         pairs, num_experts = self.order.size, self.pairs.size
         index = _iota(min(pairs, num_experts) + pairs // rows)
         expert = jnp.sum(self.last_tile[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
@@ -81,7 +83,7 @@ class Grouping(NamedTuple):
         return Tiles(known, self.first_pair[known] + offset, live)
 
     def unsort(self, rows: Shaped[Array, "P+M H"]) -> Shaped[Array, "P H"]:
-        """Rows in sorted order, brought back to the order of the pairs."""
+        """Returns rows, which are sorted by expert, in the order of the pairs."""
         place = jnp.zeros_like(self.order).at[self.order].set(_iota(self.order.size))
         return rows[place]
 
@@ -90,9 +92,9 @@ def group(ids: Int32[Array, "T K"], num_experts: int, rows: int) -> Grouping:
     """Groups pairs by expert.
 
     Args:
-        ids: each pair's expert; outside 0..E-1 the pair is in no tile.
+        ids: each pair's expert; pairs with ids outside 0..E-1 are in no tile.
         num_experts: E.
-        rows: of a tile.
+        rows: the number of rows of a tile.
 
     Returns:
         The grouping.
@@ -115,13 +117,13 @@ def _tiles(pairs: Array, rows: int) -> Array:
 
 
 def expected_hits(tokens: int, top_k: int, num_experts: int) -> float:
-    """How many distinct experts are hit on average, if routing is uniform."""
+    """Returns how many distinct experts are hit on average, if routing is uniform."""
     return num_experts * (1 - (1 - min(1.0, top_k / num_experts)) ** tokens)
 
 
 def tile_rows(tokens: int, top_k: int, num_experts: int) -> int:
-    """Rows of a tile: the power of two that holds an average expert's pairs, with some to spare."""
+    """Returns a tile's rows: the power of two that fits 1.25 times an average expert's pairs."""
     average = tokens * top_k / max(1.0, expected_hits(tokens, top_k, num_experts))
     fitting = 2 ** math.ceil(math.log2(max(1.0, 1.25 * average)))
-    most = 2 ** math.ceil(math.log2(max(1, tokens)))  # an expert meets a token once
+    most = 2 ** math.ceil(math.log2(max(1, tokens)))  # a token hits an expert at most once
     return min(fitting, most, 256)

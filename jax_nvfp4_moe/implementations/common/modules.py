@@ -1,4 +1,4 @@
-"""Finds the module, among those built on this machine, that serves a device."""
+"""Finds the compiled module that serves a device, among the modules built on this machine."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,11 @@ def find(kind: str, versions: Sequence[str], device_kind: str) -> manifest.Modul
     Args:
         kind: the module's kind, which is also its name for `build`.
         versions: the versions that can be called, the newest last.
-        device_kind: of the device.
+        device_kind: the kind of device.
 
     Raises:
-        NotImplementedError: there is none; the message says why, and which command builds one.
+        NotImplementedError: there is no such module; the message says why, and gives the command
+            that builds one.
     """
     if (reason := library.unavailable()) is not None:
         raise NotImplementedError(reason)
@@ -39,7 +40,7 @@ def find(kind: str, versions: Sequence[str], device_kind: str) -> manifest.Modul
 
 
 def describe_module(module: manifest.Module, problem: Problem, *details: str) -> str:
-    """Describes how a module serves a problem: the packed bytes it reads, and the details."""
+    """Returns a description of how a module serves a problem: the bytes it reads, and `details`."""
     experts = problem.experts
     hits = expected_hits(problem.tokens, problem.top_k, experts.num_experts)
     read = hits * experts.nbytes / experts.num_experts / 1e6
@@ -49,7 +50,7 @@ def describe_module(module: manifest.Module, problem: Problem, *details: str) ->
 
 
 def make_ready(module: manifest.Module) -> None:
-    """Lets programs for CUDA call a module.
+    """Registers a module and the bridge's CUDA targets, so that CUDA programs can call it.
 
     Raises:
         OSError, ValueError: as `Module.register`.
@@ -59,14 +60,14 @@ def make_ready(module: manifest.Module) -> None:
 
 
 def _built(kind: str, versions: Sequence[str]) -> list[manifest.Module]:
-    """The modules of a kind and known version, the newest last."""
+    """Returns the modules of a kind and of known versions, the newest last."""
     known = list(versions)
     built = [each for each in manifest.read() if each.kind == kind and each.version in known]
     return sorted(built, key=lambda module: known.index(module.version))
 
 
 def _runs_on(arch: str, capability: str | None) -> bool:
-    """Whether what was compiled for an architecture, as "10.0a", runs on a GPU of a capability."""
+    """Returns whether code for an architecture, such as "10.0a", runs on GPUs of a capability."""
     if capability is None:
         return False
     number, suffix = arch[:-1], arch[-1]

@@ -1,4 +1,4 @@
-"""Steps that all calls of the Blackwell kernels share."""
+"""The steps around a call of the Blackwell kernels, which all of them share."""
 
 from collections.abc import Callable
 
@@ -20,16 +20,16 @@ def run_kernels(
     topk_weights: Float32[Array, "T K"],
     experts: ExpertWeights,
 ) -> Float[Array, "T H"]:
-    """Returns the layer's output, by kernels that know neither meshes nor weighted inputs.
+    """Returns the layer's output, computed by kernels that support no meshes or weighted inputs.
 
     Args:
-        kernels: computes it from values float32 [T, H], ids int32 [T, K] among this device's
-            experts (others contribute nothing), and their weights float32 [T, K].
-        call: what is computed.
+        kernels: a function that computes the output from values float32 [T, H], ids int32 [T, K]
+            among this device's experts (other ids contribute nothing), and weights float32 [T, K].
+        call: the static arguments.
         x: tokens.
-        topk_ids: of all experts.
+        topk_ids: each token's experts, among all experts of the layer.
         topk_weights: their weights.
-        experts: those of this device.
+        experts: this device's experts.
     """
     values = Recipe(call, experts.activation_scheme, x.dtype).input_values(x, topk_weights)
     if call.router_weight_on_input:

@@ -1,7 +1,7 @@
-"""The two presets of the arithmetic, step by step, for any way of multiplying.
+"""The steps of the arithmetic in both presets, independent of how products are computed.
 
-A recipe defines where values are rounded. It takes the way products are formed as a `Contract`
-(`contractions`), and the weights of the expert or experts at hand in the linear layout.
+A recipe defines where values are rounded. Its steps take a `Contract`, a function of `contractions`
+that computes products, and the weights of one or more experts in the linear layout.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Recipe:
     Attributes:
         call: the static arguments of the call.
         scheme: the experts' activation scheme.
-        input_dtype: the type of x; in W4A16 and in the "vllm" preset also of intermediate values.
+        input_dtype: the type of x; W4A16 and the "vllm" preset round intermediate values to it.
         numerics: the preset.
     """
 
@@ -43,27 +43,27 @@ class Recipe:
 
     @property
     def row_dtype(self) -> Any:
-        """What an expert's output is rounded to before the sum over its token's slots."""
+        """The dtype to which an expert's output is rounded before the sum over slots."""
         native = self.numerics == "kernel" and self.scheme != "none"
         return jnp.dtype(jnp.bfloat16) if native else self.input_dtype
 
     @property
     def weight_values(self) -> WeightValues:
-        """How weights become operands."""
+        """Decodes weights into operands, as the preset does."""
         return WeightValues(self.row_dtype, folded=self.numerics == "vllm")
 
     def input_values(
         self, x: Float[Array, "T H"], topk_weights: Float32[Array, "T K"]
     ) -> Float32[Array, "T H"]:
-        """What the experts see of x: scaled by its weight, if that is to happen on the input."""
+        """Returns the experts' input: x, scaled by its weights if `router_weight_on_input`."""
         values = x.astype(jnp.float32)
         if not self.call.router_weight_on_input:
             return values
         return self.rounding(values * self.rounding(topk_weights))
 
     def input_rows(self, x: Float32[Array, "T H"], experts: ExpertWeights) -> Rows:
-        """GEMM1's operand."""
-        # The barriers keep XLA from quantising a row again for each weight that multiplies it.
+        """Returns GEMM1's operand."""
+        # The barriers keep XLA from quantising a row again for every weight row.
         with jax.named_scope("input"):
             rows = self._operand(x, self.w13_input_scale(experts))
             return lax.optimization_barrier(rows)
@@ -76,14 +76,14 @@ class Recipe:
         topk_weights: Float32[Array, "*rows"],
         contract: Contract,
     ) -> Float32[Array, "*rows H"]:
-        """Rows through their experts: GEMM1, activation, requantisation, GEMM2.
+        """Returns each row's output of its expert: GEMM1, activation, requantisation, GEMM2.
 
         Args:
             x: from `input_rows`, with leading axes that broadcast against `rows`.
-            experts: the weights at hand, linear: one expert's, or one set for each row.
+            experts: linear weights: one expert's for all rows, or one expert's for each row.
             w2_input_scale: from `w2_input_scale`.
-            topk_weights: for each row; the "vllm" preset applies them before it rounds.
-            contract: forms the products.
+            topk_weights: each row's weight; the "vllm" preset applies it before rounding.
+            contract: computes the products.
 
         Returns:
             float32 rows, rounded to `row_dtype`.
@@ -107,27 +107,27 @@ class Recipe:
     def requantized(
         self, hidden: Float32[Array, "*rows I"], w2_input_scale: Float32[Array, ""] | None
     ) -> Rows:
-        """GEMM2's operand, from the activation's output."""
+        """Returns GEMM2's operand, from the activation's output."""
         if self.scheme == "none":
             hidden = self.rounding(hidden)
         if self.scheme == "per_token":
-            # The kernels write bfloat16 here and quantise it in a pass of its own
+            # The kernels write bfloat16 here and quantise it in a separate pass
             # (flashinfer-python@0.6.13:data/csrc/trtllm_fused_moe_runner.cu:797-826).
             hidden = round_to(hidden, jnp.bfloat16)
         return self._operand(hidden, w2_input_scale)
 
     def w13_input_scale(self, experts: ExpertWeights) -> Float32[Array, ""] | None:
-        """The decode scale of GEMM1's activations; None where it is not static."""
+        """Returns the decode scale of GEMM1's activations; None unless the scheme is "static"."""
         return self._activation_scale(experts.w13_input_scale)
 
     def w2_input_scale(self, experts: ExpertWeights) -> Float32[Array, ""] | None:
-        """The decode scale of GEMM2's activations; None where it is not static."""
+        """Returns the decode scale of GEMM2's activations; None unless the scheme is "static"."""
         return self._activation_scale(experts.w2_input_scale)
 
     def combine(
         self, rows: Float32[Array, "T K H"], topk_weights: Float32[Array, "T K"]
     ) -> Float32[Array, "T H"]:
-        """The weighted sum over a token's slots: float32, in slot order."""
+        """Returns the weighted sum over each token's slots, in float32 and in slot order."""
         total = jnp.zeros_like(rows[:, 0])
         for slot in range(rows.shape[1]):
             row = rows[:, slot]
@@ -136,18 +136,18 @@ class Recipe:
         return total
 
     def rounding(self, x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
-        """Rounds to x's dtype, in float32."""
+        """Returns values rounded to x's dtype, as float32."""
         return round_to(x, self.input_dtype)
 
     def _activation_scale(self, scale: Array | None) -> Array | None:
         if scale is None:
             return None
-        # One scale for all experts, on whatever device they live.
+        # One scale for the experts of all devices.
         largest = jnp.max(scale)
         return largest if self.call.axis_name is None else lax.pmax(largest, self.call.axis_name)
 
     def _operand(self, x: Array, scale: Array | None) -> Rows:
-        """Quantises float32 rows as the scheme says and splits their columns."""
+        """Returns float32 rows, quantised according to the scheme, with their columns split."""
         if self.scheme == "none":
             return Rows(x[..., 0::2], x[..., 1::2], None, None)
         if self.scheme == "per_token":
@@ -162,8 +162,8 @@ class Recipe:
         """Quantises rows at an encode scale, [] or [..., 1].
 
         Returns:
-            Codes and block scales ("kernel"), or what they dequantise to ("vllm"), in either case
-            without a global scale.
+            Codes and block scales ("kernel"), or their dequantised values ("vllm"); neither has a
+            global scale.
         """
         codes, block_scale = quantize_blocks(x, encode if encode.ndim == 0 else encode[..., 0])
         if self.numerics == "vllm":
@@ -171,13 +171,14 @@ class Recipe:
             blocks = 0.5 * doubled_codes(codes).astype(jnp.float32).reshape(*step.shape, BLOCK_SIZE)
             values = self.rounding((blocks * step[..., None]).reshape(x.shape))
             return Rows(values[..., 0::2], values[..., 1::2], None, None)
-        # The remainder changes nothing (doubled codes are at most 12), but XLA:CPU, which drops the
-        # barriers before it fuses, does not repeat what it holds to be expensive.
+        # The remainder does not change doubled codes, which are at most 12. XLA:CPU drops the
+        # barriers before it fuses; it takes a remainder to be expensive, so it does not recompute
+        # this expression for every use.
         doubled = lax.rem(doubled_codes(codes), jnp.int8(13))
         return Rows(doubled[..., 0::2], doubled[..., 1::2], block_scale, None)
 
     def _scaled(self, sums: Array, rows: Rows, weights: Nvfp4Array, bias: Array | None) -> Array:
-        """Applies the global scales that the products left out, then the bias."""
+        """Returns sums with the global scales that the products lack, and with the bias."""
         if self.numerics == "kernel":
             scale = expand_global_scale(weights.global_scale, weights.data.shape[:-1])
             scale = _lift(jnp.broadcast_to(scale, weights.data.shape[:-1]), sums.ndim)
@@ -188,7 +189,10 @@ class Recipe:
 def combined(
     recipe: Recipe, rows: Float[Array, "T K H"], topk_weights: Float32[Array, "T K"]
 ) -> Float[Array, "T H"]:
-    """Returns the layer's output from every pair's row; rows of other devices' experts are zero."""
+    """Returns the layer's output from the rows of all pairs.
+
+    Rows of pairs whose expert is on another device are zero.
+    """
     call = recipe.call
     if call.axis_name is not None:
         # Each row is zero on all devices but one, so this sum is exact and keeps the slot order.
@@ -199,5 +203,5 @@ def combined(
 
 
 def _lift(array: Array, ndim: int) -> Array:
-    """Adds leading axes of length 1, up to `ndim` axes."""
+    """Returns an array with leading axes of length 1 added, `ndim` axes in all."""
     return array.reshape((1,) * (ndim - array.ndim) + array.shape)

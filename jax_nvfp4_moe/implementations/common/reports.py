@@ -1,4 +1,4 @@
-"""Sentences that the plans of several implementations describe themselves with."""
+"""Descriptions that the plans of several implementations share."""
 
 from jax_nvfp4_moe.experts import ExpertWeights
 from jax_nvfp4_moe.implementations.base import Problem
@@ -7,11 +7,11 @@ from jax_nvfp4_moe.layouts import Layout
 
 
 def packed_reads(problem: Problem, reads: float | None = None) -> str:
-    """Says how many packed bytes a call reads.
+    """Returns a phrase that tells how many packed bytes a call reads.
 
     Args:
         problem: the call.
-        reads: how many experts are read, each time counted; None means each hit expert once.
+        reads: how many times an expert is read; None means each hit expert once.
     """
     experts = problem.experts
     hits = expected_hits(problem.tokens, problem.top_k, experts.num_experts)
@@ -20,7 +20,7 @@ def packed_reads(problem: Problem, reads: float | None = None) -> str:
 
 
 def rearranged(experts: ExpertWeights, layout: Layout) -> list[str]:
-    """Says that weights in another layout cost a rearrangement in each call, if they do."""
+    """Returns a warning if every call must rearrange the weights, or [] if they have the layout."""
     if experts.layout == layout:
         return []
     return [f"rearranges all weights in each call: prepare(experts, {layout!r}) does it once"]

@@ -1,4 +1,4 @@
-"""Helpers for calls inside `jax.shard_map`, where a device holds a share of the experts."""
+"""Helpers for calls inside `jax.shard_map`, where each device holds a part of the experts."""
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,17 @@ from jax_nvfp4_moe.implementations.base import Call
 def local_ids(
     call: Call, topk_ids: Int32[Array, "T K"], experts: ExpertWeights
 ) -> Int32[Array, "T K"]:
-    """Returns ids among the experts held here; those of other devices are out of range."""
+    """Returns ids among this device's experts; ids of other devices' experts are out of range."""
     if call.axis_name is None:
         return topk_ids
     return topk_ids - lax.axis_index(call.axis_name) * experts.num_experts
 
 
 def varying_zeros(shape: tuple[int, ...], dtype: jnp.dtype, *sources: object) -> Array:
-    """Returns zeros that vary over the mesh axes that `sources` vary over, to start a loop from.
+    """Returns zeros, a loop's initial carry, that vary over the same mesh axes as `sources`.
 
-    Inside shard_map the type of a loop's carry must not change; JAX 0.10 and 0.12 spell the cast
-    differently, so the type is taken from an operation that involves every source.
+    Inside shard_map the type of a loop's carry must not change. The cast to such a type has
+    different names in JAX 0.10 and 0.12, so an operation on every source gives the type instead.
     """
     never = jnp.zeros((), jnp.bool_)
     for leaf in jax.tree.leaves(sources):
