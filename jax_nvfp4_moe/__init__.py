@@ -11,7 +11,6 @@ from jax_nvfp4_moe.checkpoint import load_checkpoint as load_checkpoint
 from jax_nvfp4_moe.checkpoint import load_experts as load_experts
 from jax_nvfp4_moe.checkpoint import save_checkpoint as save_checkpoint
 from jax_nvfp4_moe.experts import ExpertWeights as ExpertWeights
-from jax_nvfp4_moe.experts import validate as validate
 from jax_nvfp4_moe.exporting import EXPORT_CHECKS as EXPORT_CHECKS
 from jax_nvfp4_moe.format import dequantize as dequantize
 from jax_nvfp4_moe.format import pack as pack
@@ -38,5 +37,6 @@ from jax_nvfp4_moe.routing import route as route
 from jax_nvfp4_moe.selection import Report as Report
 from jax_nvfp4_moe.selection import explain as explain
 from jax_nvfp4_moe.selection import prepare as prepare
+from jax_nvfp4_moe.validation import validate as validate
 
 __version__ = "0.2.0"

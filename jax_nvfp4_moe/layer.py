@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_nvfp4_moe._call_checks import axis_size, check_output_dtype
 from jax_nvfp4_moe._messages import INPUT_DTYPES, as_array, described
 from jax_nvfp4_moe.activations import Activation, activate
+from jax_nvfp4_moe.computing import compute
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
 from jax_nvfp4_moe.implementations.base import Call, Implementation, Routed
-from jax_nvfp4_moe.moe import compute
 from jax_nvfp4_moe.routing import Routing, check_fits, route
 
 # A router's choice jumps where two scores cross: TPUs and GPUs are kept from bfloat16 and TF32.

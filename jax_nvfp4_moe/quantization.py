@@ -12,18 +12,12 @@ from jaxtyping import Array, ArrayLike, Float, Float32
 
 from jax_nvfp4_moe import layouts
 from jax_nvfp4_moe._messages import INPUT_DTYPES, as_array
-from jax_nvfp4_moe.experts import (
-    ActivationScheme,
-    ExpertWeights,
-    check_experts,
-    positive_problems,
-    problems_of,
-    raise_for,
-)
+from jax_nvfp4_moe.experts import ActivationScheme, ExpertWeights, check_experts
 from jax_nvfp4_moe.format import BLOCK_SIZE, doubled_nibbles, quantize
 from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 from jax_nvfp4_moe.relayout import to_layout
 from jax_nvfp4_moe.rounding import exact_divide, round_to
+from jax_nvfp4_moe.validation import positive_problems, problems_of, raise_for
 
 
 def quantize_experts(

@@ -96,7 +96,7 @@ def _register_call(
     handlers: dict[str, Any], type_id: int, type_info: int, *, platform: str
 ) -> None:
     """Registers handlers of TARGET for a platform, and the type of their state."""
-    state = {"type_id": _capsule(type_id), "type_info": _capsule(type_info)}
+    state: Any = {"type_id": _capsule(type_id), "type_info": _capsule(type_info)}
     jax.ffi.register_ffi_type(_CALL_SITE, state, platform=platform)
     capsules = {stage: jax.ffi.pycapsule(handler) for stage, handler in handlers.items()}
     jax.ffi.register_ffi_target(TARGET, capsules, platform=platform)
