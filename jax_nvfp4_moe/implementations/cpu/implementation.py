@@ -1,6 +1,6 @@
 """The implementation "cpu": the "kernel" preset's arithmetic on packed weights, in C++.
 
-The C++ is in `ffi/cpu`. It reads weights as they are stored, in any layout, once for each call.
+The C++ is in `ffi/cpu`. It reads packed weights in any layout, once in each call.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ class Cpu(Implementation):
     """The implementation "cpu": C++ kernels for x86-64 and aarch64.
 
     Attributes:
-        level: the instructions to use: "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2" or
-            "portable". None, the usual choice, means the best that the machine has, found where the
-            call runs. A level gives the same bits with any number of threads; two levels accumulate
-            in different orders.
+        level: the instruction set to use: "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2" or
+            "portable". None, the default, means the best level of the machine that runs the call.
+            A level gives the same bits with any number of threads; two levels accumulate in
+            different orders.
 
     Raises:
-        TypeError, ValueError: not the name of a level.
+        TypeError, ValueError: `level` is not the name of a level.
     """
 
     level: str | None = None
@@ -68,7 +68,7 @@ class Cpu(Implementation):
 
 @dataclasses.dataclass(frozen=True)
 class CpuPlan(Plan):
-    """The layer as one custom call of the library."""
+    """Computes the layer in one custom call of the library."""
 
     implementation: Cpu
 
@@ -78,7 +78,7 @@ class CpuPlan(Plan):
         return "cpu"
 
     def describe(self) -> str:
-        """Returns the instructions that it would use, and the packed bytes that it reads."""
+        """Returns the level that a call uses, and how many packed bytes it reads."""
         best = next(name for name, there in library.cpu_levels().items() if there)
         return f"{self.implementation.level or best}; {packed_reads(self.problem)}"
 
@@ -89,13 +89,13 @@ class CpuPlan(Plan):
         call, (topk_ids, topk_weights) = self.problem.call, routed
         recipe = Recipe(call, experts.activation_scheme, x.dtype)
         ids = local_ids(call, topk_ids, experts)
-        # The kernels read and write bfloat16 too. Other types reach them as float32.
+        # The kernels read and write bfloat16 and float32; other types are converted to float32.
         plain = x.dtype == jnp.bfloat16 and not call.router_weight_on_input
         values = x if plain else recipe.input_values(x, topk_weights)
         result = self._layer(recipe, values, ids, topk_weights, experts)
         if call.axis_name is not None:
-            # Each row is zero on all devices but one, so this sum is exact, and the kernel
-            # accumulates the slots as it does where it has all experts.
+            # Each row is zero on all devices but one, so this sum is exact. The kernel then
+            # accumulates the slots in the same order as on one device.
             result = self._combine(recipe, lax.psum(result, call.axis_name), topk_weights)
         if result.dtype != call.output_dtype:
             result = round_to(result, call.output_dtype).astype(call.output_dtype)
@@ -109,7 +109,7 @@ class CpuPlan(Plan):
         weights: Float32[Array, "T K"],
         experts: ExpertWeights,
     ) -> Float[Array, "..."]:
-        """The weighted sum [T, H], or with experts on several devices all rows [T, K, H]."""
+        """Returns the weighted sum [T, H], or all rows [T, K, H] if experts are split."""
         # Inside shard_map the result varies over every mesh axis that an operand varies over.
         sources = values, ids, weights, experts
         if recipe.call.axis_name is None:
@@ -144,7 +144,7 @@ class CpuPlan(Plan):
 
 
 def _sum_dtype(call: Call) -> Any:
-    """The type in which the kernels write sums."""
+    """Returns the dtype in which the kernels write sums."""
     return jnp.dtype(jnp.bfloat16 if call.output_dtype == jnp.bfloat16 else jnp.float32)
 
 
@@ -173,7 +173,7 @@ def operands(
 
 
 def attributes(recipe: Recipe, experts: ExpertWeights) -> dict[str, Any]:
-    """Returns the kernel's attributes, all but its level."""
+    """Returns the kernel's attributes, except the level."""
     activation = recipe.call.activation
     parameters = {name: getattr(activation, name) for name in ("alpha", "beta", "limit")}
     return {

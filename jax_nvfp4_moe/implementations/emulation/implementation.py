@@ -1,12 +1,12 @@
-"""NVFP4 experts in jax.numpy: any device, any layout, and the reference for the others.
+"""NVFP4 experts in jax.numpy: on any device, in any layout; the reference for the others.
 
-Never more than one expert's weights are dequantised at a time. Two formulations of the same
-arithmetic, chosen by shape while tracing:
+At most one expert's weights are dequantised at a time. Two formulations compute the same
+arithmetic; the shapes decide between them while tracing:
 
-* **gather**, for few tokens: every (token, slot) pair multiplies its own expert's packed bytes,
-  which are gathered, decoded and summed in one fused loop. Nothing is sorted, no weight is written.
-* **grouped**, for many: pairs are sorted by expert, and a loop over tiles decodes one expert at a
-  time and multiplies all its tokens on the matrix unit.
+* **gather**, for few tokens: every (token, slot) pair multiplies its own expert's packed bytes.
+  One fused loop gathers, decodes and sums them; it sorts nothing and writes no weights.
+* **grouped**, for many tokens: pairs are sorted by expert. A loop over tiles decodes one expert at
+  a time and multiplies all its tokens on the matrix unit.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from jax_nvfp4_moe.implementations.common.reports import packed_reads
 from jax_nvfp4_moe.implementations.common.sharded import local_ids, varying_zeros
 from jax_nvfp4_moe.relayout import take_experts
 
-# Beyond this many reads of the same expert, decoding it once for all its tokens is faster.
+# If experts are hit more often than this on average, decoding each one once is faster.
 _GATHER_MAX_REUSE = 2.0
 
 
@@ -53,7 +53,7 @@ class Emulation(Implementation):
             (`Nvfp4QuantizationEmulationTritonExperts` of vllm@0.33.0).
 
     Raises:
-        ValueError: not one of the two.
+        ValueError: `numerics` is neither of the two.
     """
 
     numerics: Numerics = "kernel"
@@ -83,17 +83,17 @@ class Emulation(Implementation):
 
 @dataclasses.dataclass(frozen=True)
 class EmulationPlan(Plan):
-    """The layer in `jax.numpy`."""
+    """Computes the layer in `jax.numpy`."""
 
     implementation: Emulation
 
     @property
     def numerics(self) -> Numerics:
-        """Which preset's roundings the result has."""
+        """The preset whose roundings the result has."""
         return self.implementation.numerics
 
     def describe(self) -> str:
-        """Returns the formulation that it would use, and the packed bytes that it reads."""
+        """Returns the formulation that a call uses, and how many packed bytes it reads."""
         problem, experts = self.problem, self.problem.experts
         sizes = problem.tokens, problem.top_k, experts.num_experts
         in_floats = self.numerics == "vllm" or experts.activation_scheme == "none"
@@ -129,8 +129,8 @@ def _gather(
     topk_weights: Float32[Array, "T K"],
     experts: ExpertWeights,
 ) -> Float[Array, "T K H"]:
-    # A CPU has no use for float products in one fused sum: where activations are not quantised it
-    # is faster with one decoded expert at a time.
+    # If activations are not quantised, a CPU is faster with one decoded expert at a time than with
+    # float products in one fused sum.
     on_cpu = _gather_on_cpu if x.scale is not None else _grouped
     return lax.platform_dependent(
         x,
@@ -145,8 +145,8 @@ def _gather(
 def _gather_on_cpu(
     recipe: Recipe, x: Rows, ids: Array, topk_weights: Array, experts: ExpertWeights
 ) -> Array:
-    # Token by token: the sums of all blocks, written between the integers and the scales, then
-    # stay in the cache.
+    # Token by token, so that the integer sums of all blocks stay in the cache until they are
+    # multiplied by the scales.
     def one(token: tuple[Rows, Array, Array]) -> Array:
         x, ids, weights = jax.tree.map(lambda array: array[None], token)
         return gather_rows(recipe, integer_multiply_reduce, x, ids, weights, experts)[0]
@@ -162,7 +162,7 @@ def gather_rows(
     topk_weights: Float32[Array, "T K"],
     experts: ExpertWeights,
 ) -> Float[Array, "T K H"]:
-    """Every pair with its own expert's weights; rows of ids out of range are zero."""
+    """Returns every pair's output, each with its own expert's weights; zero for invalid ids."""
     valid = (ids >= 0) & (ids < experts.num_experts)
     own = take_experts(experts, jnp.where(valid, ids, 0))
     repeated = jax.tree.map(lambda array: array[:, None], x)
@@ -192,7 +192,7 @@ def _grouped(
 
     def body(index: Array, rows: Array) -> Array:
         tile = grouping.tile(index, rows_per_tile)
-        # Rows that are not live are overwritten by the next tile, or lie beyond the last pair.
+        # The next tile overwrites rows that are not live, unless they lie beyond the last pair.
         output = tile_output(tile).astype(rows.dtype)
         return lax.dynamic_update_slice(rows, output, (tile.first, jnp.int32(0)))
 

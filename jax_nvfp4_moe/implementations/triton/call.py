@@ -1,4 +1,4 @@
-"""A layer as two launches of the grouped GEMM, and what XLA does around them."""
+"""Computes a layer with two launches of the grouped GEMM; XLA computes the steps around them."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from jax_nvfp4_moe.implementations.triton.tilings import Tilings, tilings
 from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
 from jax_nvfp4_moe.relayout import row_orders
 
-# Rows in quarters, and what they are still to be multiplied by: one number [1], one for each, None.
+# Rows in quarters, and decode scales that they do not include: one for all [1], one each, or None.
 _Operand = tuple[Float[Array, "R K"], Float32[Array, " R"] | None]
 
 
@@ -61,13 +61,13 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class _GroupedGemms:
-    """What the steps of a layer share.
+    """The steps of a layer.
 
     Attributes:
-        recipe: what is rounded where.
-        experts: the weights.
-        tilings: how the GEMMs are cut.
-        varying: over which mesh axes results vary.
+        recipe: defines where values are rounded.
+        experts: this device's experts.
+        tilings: the tile sizes of the GEMMs.
+        varying: the mesh axes over which results vary.
         interpret: whether JAX's interpreter runs the kernels.
     """
 
@@ -78,7 +78,7 @@ class _GroupedGemms:
     interpret: bool
 
     def rows(self, x: Float[Array, "T H"], ids: Int32[Array, "T K"]) -> Float[Array, "P H"]:
-        """Every pair's row; nothing is written for ids out of range."""
+        """Returns every pair's row; rows of ids out of range are not written."""
         experts, scheme = self.experts, self.experts.activation_scheme
         order13, order2 = row_orders(experts)
         with jax.named_scope("group"):
@@ -103,7 +103,7 @@ class _GroupedGemms:
                     native=not self.interpret,
                 ),
                 result=self._result(ids.size, experts.intermediate_size),
-                # Quantised row by row, they take another pass, which wants them in their order.
+                # "per_token" quantises whole rows in a separate pass, which needs plain order.
                 in_quarters=scheme != "per_token",
                 tiling=self.tilings.gemm1,
                 name="nvfp4_moe_gemm1",
@@ -122,14 +122,14 @@ class _GroupedGemms:
             )
 
     def _tiles(self, ids: Int32[Array, "T K"]) -> tuple[Tiles, Int32[Array, " P"] | None]:
-        """The tiles, and which pair each place is."""
+        """Returns the tiles, and the pair at each place; None if place i holds pair i."""
         if self.tilings.by_pair:
             return Tiles(ids.reshape(-1), None, None), None
         grouping = group(ids, self.experts.num_experts, self.tilings.tokens)
         return grouping.tiles(self.tilings.tokens), grouping.order
 
     def _input(self, x: Float[Array, "T H"]) -> _Operand:
-        """GEMM1's operand."""
+        """Returns GEMM1's operand."""
         with jax.named_scope("input"):
             scale = self.recipe.w13_input_scale(self.experts)
             if scale is not None:
@@ -138,7 +138,7 @@ class _GroupedGemms:
             return self._in_quarters(self.recipe.input_rows(x.astype(jnp.float32), self.experts))
 
     def _hidden(self, hidden: Float[Array, "P I"]) -> _Operand:
-        """GEMM2's operand, of what GEMM1's epilogue left."""
+        """Returns GEMM2's operand, from the result of GEMM1's epilogue."""
         if self.experts.activation_scheme == "none":
             return hidden, None
         scale = self.recipe.w2_input_scale(self.experts)
@@ -148,7 +148,7 @@ class _GroupedGemms:
             return self._in_quarters(self.recipe.requantized(hidden.astype(jnp.float32), None))
 
     def _in_quarters(self, rows: Rows) -> _Operand:
-        # Even columns are those of the quarters 0 and 2, odd ones those of 1 and 3.
+        # Even columns make up the quarters 0 and 2, odd columns the quarters 1 and 3.
         halves = (jnp.swapaxes(half.reshape(len(half), -1, 2), 1, 2) for half in rows.values())
         quarters = jnp.stack(tuple(halves), axis=2).reshape(len(rows.low), -1)
         scale = rows.global_scale

@@ -1,7 +1,8 @@
-"""What follows the products of a GEMM while they are in registers: the "kernel" preset's steps.
+"""The epilogues of the two GEMMs: the "kernel" preset's steps on sums that are still in registers.
 
-Triton has no reduce_precision, no error function, and divides approximately. What it lacks is here:
-the rounding and the division to the same bits, the error function within 5e-7.
+Triton has neither reduce_precision nor an error function, and its division is approximate. This
+module implements all three: rounding and division with the same bits as the emulation, the error
+function within 5e-7.
 """
 
 from typing import Any
@@ -24,27 +25,31 @@ def gemm1(
     activation: Activation,
     native: bool,
 ) -> Float32[Array, "M N"]:
-    """The activation, and GEMM2's operand if it is quantised at a given scale.
+    """Applies the activation and, if there is a scale, quantises the result.
 
     Args:
         parts: gate and up, or up alone.
-        scale: the decode scale of GEMM2's activations; None leaves them as they are.
-        activation: of the layer.
-        native: compiled by Triton.
+        scale: the decode scale of GEMM2's activations; None means that they are not quantised here.
+        activation: the layer's activation.
+        native: whether Triton compiles the kernel, rather than JAX's interpreter running it.
     """
     hidden = activate_parts(parts, activation, erf=_erf).T
     return hidden if scale is None else quantized(hidden, scale, native=native)
 
 
 def gemm2(parts: tuple[Float32[Array, "N M"], ...], _: Array | None) -> Float32[Array, "M N"]:
-    """Nothing: rows are rounded as they are stored."""
+    """Returns GEMM2's sums unchanged; storing them rounds them."""
     return parts[0].T
 
 
 def quantized(
     x: Float32[Array, "M K"], scale: Float32[Array, ""], *, native: bool
 ) -> Float32[Array, "M K"]:
-    """Values quantised at a decode scale, and without it: ``e2m1 * scale``, exact in bfloat16."""
+    """Quantises values at a decode scale.
+
+    Returns:
+        ``e2m1 * scale`` without the decode scale, exact in bfloat16.
+    """
     divide = _exact_divide if native else jnp.divide
     encode = divide(jnp.ones(len(x), jnp.float32), jnp.broadcast_to(scale, len(x)))
     codes, block_scale = quantize_blocks(x, encode, round_scale=_round_e4m3, divide=divide)
@@ -53,7 +58,7 @@ def quantized(
 
 
 def _round_e4m3(x: Float32[Array, "*shape"], _: Any = None) -> Float32[Array, "*shape"]:
-    """`format.round_to` float8_e4m3fn, for values that are not negative."""
+    """Returns values rounded to float8_e4m3fn, as `rounding.round_to` does; not for negative x."""
     x = clamp(x, 0.0, E4M3_MAX)
     bits = lax.bitcast_convert_type(x, jnp.int32)
     rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF
@@ -68,7 +73,7 @@ def _round_e4m3(x: Float32[Array, "*shape"], _: Any = None) -> Float32[Array, "*
 
 
 def _erf(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """The error function, within 5e-7: the ratio of polynomials of `ffi/cpu/floats.h`."""
+    """Returns the error function, within 5e-7: a ratio of polynomials, as in `ffi/cpu/floats.h`."""
     x = clamp(x, -3.92, 3.92)
     t = x * x
     above = _polynomial(

@@ -1,14 +1,18 @@
 """NVFP4 experts on NVIDIA GPUs from SM80 on: two launches of one grouped GEMM on packed weights.
 
-The kernels are Pallas ones for its Triton backend (`_triton_kernels`). Why that: it is part of JAX,
-so that nothing has to be installed, compiled beforehand or found at run time; XLA compiles it for
-whatever GPU a program is for, also without one, keeps it in its compilation cache and captures it
-into command buffers; and its interpreter runs the very kernels on a CPU. The alternative, Triton
-kernels compiled to cubins that the bridge launches, needs Triton (or a cubin for every tiling and
-architecture) where programs are made, and has to be told of each GPU; what it would gain is
-`tl.dot_scaled`, the FP4 products of SM100 and SM120, which Pallas does not reach. jax-triton 0.3.1
-emits a call that command buffers do not take. JAX 0.12 deprecates the backend in favour of one
-that serves SM90 and later only; where it is gone, the emulation serves the call.
+The kernels (`kernels`) are written in Pallas for its Triton backend. The reasons:
+
+* The backend is part of JAX: there is nothing to install, compile in advance or find at run time.
+* XLA compiles the kernels for the GPU that a program targets, even on a machine without one. It
+  keeps them in its compilation cache, and captures their launches into command buffers.
+* JAX's interpreter runs the same kernels on a CPU.
+
+The alternative is Triton kernels compiled to cubins, which the bridge would launch. Tracing a
+program would then need Triton, or a cubin for every tiling and architecture known in advance. The
+gain would be `tl.dot_scaled`, the FP4 products of SM100 and SM120, which Pallas does not have.
+jax-triton 0.3.1 emits a call that command buffers do not support. JAX 0.12 deprecates the backend
+in favour of one that serves SM90 and later only; without the backend, the emulation serves the
+call.
 """
 
 import dataclasses
@@ -39,9 +43,9 @@ class Triton(Implementation):
     """The implementation "triton": kernels for NVIDIA GPUs from SM80 on.
 
     Attributes:
-        interpret: run the kernels in JAX's interpreter, on any device, slowly: shows on a CPU what
-            they compute. Decoding and one division, which a GPU does by single instructions, are
-            computed in another way there.
+        interpret: whether JAX's interpreter runs the kernels, slowly, on any device; it shows on a
+            CPU what they compute. Decoding and one division, inline PTX on a GPU, are computed in
+            another way there.
 
     Raises:
         TypeError: `interpret` is not a bool.
@@ -58,7 +62,7 @@ class Triton(Implementation):
             raise TypeError(f"interpret is {described(self.interpret)}, expected a bool")
 
     def runs_on(self, device_kind: str) -> bool:
-        """Whether it runs on devices of a kind: any, in the interpreter."""
+        """Returns whether it runs on devices of a kind; the interpreter runs on any."""
         return self.interpret or super().runs_on(device_kind)
 
     def _plan(self, problem: Problem) -> "TritonPlan":
@@ -77,17 +81,17 @@ class Triton(Implementation):
 
 @dataclasses.dataclass(frozen=True)
 class TritonPlan(Plan):
-    """The layer as two launches of a grouped GEMM."""
+    """Computes the layer with two launches of a grouped GEMM."""
 
     implementation: Triton
 
     @property
     def platform(self) -> str | None:
-        """CUDA; in the interpreter, any."""
+        """The platform "cuda", or None, for all platforms, in the interpreter."""
         return None if self.implementation.interpret else "cuda"
 
     def describe(self) -> str:
-        """Returns how it would cut the work, and the packed bytes that it reads."""
+        """Returns the tiling that a call uses, and how many packed bytes it reads."""
         problem = self.problem
         sizes = problem.tokens, problem.top_k, problem.experts.num_experts
         chosen = tilings(*sizes, problem.device_kind)

@@ -1,9 +1,9 @@
-"""One grouped GEMM on packed weights, as a Pallas kernel for Triton.
+"""A grouped GEMM on packed weights, as a Pallas kernel for Triton.
 
-A tile is some rows of one expert's tokens, a program multiplies them by some rows of its weights:
-weights from the left, tokens from the right, so that few tokens waste little of a matrix unit, and
-weights are decoded into the registers from which it reads its left operand. What follows the
-products, while they are in registers, is an `Epilogue`.
+A tile is a group of one expert's tokens; a program multiplies it by some rows of the expert's
+weights. Weights are the left operand and tokens the right one: a matrix unit then wastes little on
+few tokens, and weights are decoded into the registers from which it reads its left operand. An
+`Epilogue` processes the products while they are in registers.
 """
 
 import functools
@@ -28,8 +28,8 @@ from jax_nvfp4_moe.implementations.triton.decode import (
 from jax_nvfp4_moe.implementations.triton.epilogues import quantized
 from jax_nvfp4_moe.implementations.triton.tilings import Tiling
 
-_WORDS = BLOCK_SIZE // QUARTERS  # of a block
-_QUANTIZE_COLUMNS = 512  # of a program
+_WORDS = BLOCK_SIZE // QUARTERS  # words in a block
+_QUANTIZE_COLUMNS = 512  # columns that one program of `quantize_rows` processes
 
 
 class Weights(NamedTuple):
@@ -38,7 +38,7 @@ class Weights(NamedTuple):
     Attributes:
         words: the packed codes, [E, N', K'/4].
         scale: the block scales' bytes, [E, N' * K'/16].
-        order: where each of the N logical rows is stored; None where that is its own place.
+        order: where each of the N logical rows is stored; None if row n is stored at n.
         global_scale: decode scales, one for each of the G groups of N / G rows.
         bias: [E, N], or None.
     """
@@ -50,8 +50,8 @@ class Weights(NamedTuple):
     bias: Float32[Array, "E N"] | None
 
 
-# From the finished products of each group [N/G, M], and a scale if there is one, to what is stored
-# [M, N/G].
+# A function of the finished products of each group [N/G, M], and of a scale or None, that returns
+# the values to store [M, N/G].
 Epilogue = Callable[[tuple[Array, ...], Array | None], Array]
 
 
@@ -62,13 +62,13 @@ def quantize_rows(
     *,
     interpret: bool,
 ) -> BFloat16[Array, "R K"]:
-    """Rows quantised at a decode scale, as operands of `grouped_gemm`.
+    """Returns rows quantised at a decode scale, as operands of `grouped_gemm`.
 
     Args:
         x: bfloat16, float16 or float32.
-        scale: still to be multiplied.
-        result: [R, K], columns in the order of the quarters.
-        interpret: run by JAX's interpreter, on any device.
+        scale: the decode scale; the result does not include it.
+        result: the result's shape and dtype, [R, K]; its columns are in the order of the quarters.
+        interpret: whether JAX's interpreter runs the kernel, on any device.
     """
     size = x.shape[1]
 
@@ -78,7 +78,8 @@ def quantize_rows(
         index, mask = (row[None], column), column < size
         values = plgpu.load(x.at[index], mask=mask, other=0).astype(jnp.float32)
         values = quantized(values[None], scale[0], native=not interpret)[0].astype(out.dtype)
-        # Beyond the last: the interpreter writes under a mask too, what was there before.
+        # Masked lanes get places beyond the last column: under a mask the interpreter writes the
+        # old values back.
         column = jnp.where(mask, _in_quarters(column, size), column)
         plgpu.store(out.at[row[None], column], values, mask=mask)
 
@@ -110,26 +111,27 @@ def grouped_gemm(
     interpret: bool,
     name: str,
 ) -> Array:
-    """Every tile's rows times its expert's weights.
+    """Multiplies every tile's rows by its expert's weights.
+
+    A place is an index into the pairs sorted by expert.
 
     Args:
-        rows: the right operand, columns in the order of the quarters.
-        row_scale: decode scales still to be multiplied, one for each row or for all; or None.
-        weights: of all experts.
-        tiles: which rows meet which expert.
-        pair: which (token, slot) pair each place is among the experts' rows one after the other;
-            None means its own.
-        scale: for the epilogue, or None.
-        epilogue: from the products to what is stored.
-        result: [P, N / G]; rows that are in no tile are not written.
+        rows: the right operand; its columns are in the order of the quarters.
+        row_scale: decode scales, not yet applied, one for each row or one for all; or None.
+        weights: the weights of all experts.
+        tiles: each tile's expert and rows.
+        pair: the (token, slot) pair at each place; None if place i holds pair i.
+        scale: the epilogue's scale, or None.
+        epilogue: computes the values to store from the products.
+        result: the result's shape and dtype, [P, N / G]; rows that are in no tile are not written.
         in_quarters: whether the result's columns are stored in the order of the quarters.
-        top_k: GEMM1's rows are tokens, of so many pairs each, and its result's are places; None:
-            GEMM2's rows are places, and its result's are pairs.
+        top_k: for GEMM1, K: `rows` has a row for each token, the result one for each place. None,
+            for GEMM2: `rows` has a row for each place, the result one for each pair.
         swizzled: whether the block scales are in 128 x 4 tiles (`layouts.swizzle_scales`).
-        tokens: rows of a tile.
-        tiling: how weights are cut.
-        interpret: run by JAX's interpreter, on any device.
-        name: of the kernel.
+        tokens: the number of rows of a tile.
+        tiling: the tile sizes of the weights.
+        interpret: whether JAX's interpreter runs the kernel, on any device.
+        name: the kernel's name.
     """
     optional = {
         "row_scale": row_scale,
@@ -189,7 +191,8 @@ def _program(
     tiling: Tiling,
     native: bool,
 ) -> None:
-    tile, part = pl.program_id(0), pl.program_id(1)  # the interpreter has neither under a condition
+    # Read here, because the interpreter does not support program_id inside pl.when.
+    tile, part = pl.program_id(0), pl.program_id(1)
     expert = refs["expert"][tile]
     live = refs["live"][tile] if "live" in refs else 1
 
@@ -236,7 +239,7 @@ def _program(
         values = epilogue(tuple(finished), scale).astype(out.dtype)
         if in_quarters:
             column = _in_quarters(column, size)
-        # The interpreter writes under a mask what was there before, so no two may share a place.
+        # Under a mask the interpreter writes old values back, so every lane needs its own place.
         target = jnp.where(is_live, target, out.shape[0] + lane)
         column = jnp.where(inside, column, size + row)
         mask = is_live[:, None] & inside[None, :]
@@ -254,7 +257,7 @@ def _contract(
     tiling: Tiling,
     native: bool,
 ) -> tuple[Float32[Array, "N M"], ...]:
-    """The sums over all columns, for each of the groups of weights, but for `OPERAND_SCALE`."""
+    """Returns each weight group's sums over all columns, without the factor `OPERAND_SCALE`."""
     rows, words, scales = refs["rows"], refs["words"], refs["scale"]
     words_a_row, blocks_a_row = rows.shape[1] // QUARTERS, words.shape[2] // _WORDS
     ragged = words_a_row % tiling.words != 0
@@ -265,7 +268,7 @@ def _contract(
         block = block + jnp.arange(tiling.words // _WORDS, dtype=jnp.int32)
 
         def load(ref: Any, index: tuple[Array, ...], within: Array, live: Array | None) -> Array:
-            """Zeros beyond the last column and in rows that are not live."""
+            """Returns values, with zeros beyond the last column and in rows that are not live."""
             masks = ([] if live is None else [live]) + ([within] if ragged else [])
             if not masks:
                 return plgpu.load(ref.at[index])
@@ -299,12 +302,12 @@ def _contract(
 
 
 def _parts(x: Float[Array, "K M"]) -> list[Array]:
-    """What a tensor core multiplies, exactly: float32 values as three bfloat16 ones that add up."""
+    """Returns operands that add up to x exactly: three bfloat16 arrays if x is float32, else x."""
     if x.dtype != jnp.float32:
         return [x]
     parts = []
     for _ in range(3):
-        # Its upper half is a bfloat16, cut off and not rounded: no value gets larger.
+        # The upper half is a bfloat16; truncating instead of rounding makes no value larger.
         bits = lax.bitcast_convert_type(x, jnp.int32) & -0x10000
         part = lax.bitcast_convert_type(bits, jnp.float32)
         parts.append(part.astype(jnp.bfloat16))
@@ -313,20 +316,20 @@ def _parts(x: Float[Array, "K M"]) -> list[Array]:
 
 
 def _dot(left: Float[Array, "N K"], right: Float[Array, "K M"], native: bool) -> Array:
-    if not native:  # the interpreter's machine may have no product of narrow types
+    if not native:  # the interpreter's device may not multiply narrow types
         left, right = left.astype(jnp.float32), right.astype(jnp.float32)
     return lax.dot(left, right, preferred_element_type=jnp.float32)
 
 
 def _in_quarters(column: Array, size: int) -> Array:
-    """Where a column is stored in the order of the quarters."""
+    """Returns a column's place in the order of the quarters."""
     return column % QUARTERS * (size // QUARTERS) + column // QUARTERS
 
 
 def _scale_index(row: Array, block: Array, blocks_a_row: int, swizzled: bool) -> Array:
-    """Where a block's scale is among those of its expert."""
+    """Returns the index of a block's scale among its expert's scales."""
     if not swizzled:
         return row * blocks_a_row + block
-    # 128 rows by 4 blocks lie together, in 32 times 4 rows (`layouts.swizzle_scales`).
+    # The scales of 128 rows by 4 blocks form a tile of 512 bytes (`layouts.swizzle_scales`).
     tile = (row // 128) * (blocks_a_row // 4) + block // 4
     return tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + block % 4

@@ -1,7 +1,7 @@
-"""How the Triton kernels cut a layer, by how many tokens an expert has: data, and its choice.
+"""The tile sizes of the Triton kernels, chosen by the average number of tokens of an expert.
 
-None of it was measured on a GPU. What was looked at is what the compilers make of it for SM80, 90,
-100 and 120 (tests/aot/test_triton.py): instructions a weight, registers, no spills.
+They were not measured on a GPU. They were chosen by inspecting the compilers' output for SM80, 90,
+100 and 120 (tests/aot/test_triton.py): instructions for each weight, registers, and no spills.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ from jax_nvfp4_moe.implementations.common.grouping import expected_hits
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How one GEMM is cut; all are powers of two.
+    """The tile sizes of one GEMM.
 
     Attributes:
-        weight_rows: rows of weights of a program, for each of gate and up.
-        words: 16-bit words of packed columns, four each, that a step of its loop takes.
-        num_warps, num_stages: Triton's.
+        weight_rows: weight rows that a program multiplies, of gate and up each; a power of two.
+        words: 16-bit words, of four columns each, in a step of its loop; a power of two.
+        num_warps, num_stages: Triton's compiler parameters.
     """
 
     weight_rows: int
@@ -29,14 +29,14 @@ class Tiling:
 
 @dataclasses.dataclass(frozen=True)
 class Tilings:
-    """How a layer is cut.
+    """The tile sizes of a layer.
 
     Attributes:
-        tokens: rows of a tile.
-        by_pair: whether each (token, slot) pair is a tile of its own, without being sorted. Experts
-            that several pairs hit are then read several times, from the second time on most likely
-            out of the L2 cache.
-        gemm1, gemm2: the two GEMMs.
+        tokens: the number of rows of a tile; a power of two.
+        by_pair: whether each (token, slot) pair is its own tile, without sorting. Experts that
+            several pairs hit are then read several times; repeated reads most likely come from the
+            L2 cache.
+        gemm1, gemm2: the tile sizes of each GEMM.
     """
 
     tokens: int
@@ -45,28 +45,31 @@ class Tilings:
     gemm2: Tiling
 
     def describe(self) -> str:
-        """In words."""
+        """Returns a short description."""
         return "a tile for each pair" if self.by_pair else f"tiles of {self.tokens} rows"
 
 
-# By the most rows that an expert has on average. The least that a tensor core multiplies by is 16.
+# Each entry applies up to a number of rows that an expert has on average. Tiles have at least 16
+# rows, the fewest that a tensor core multiplies.
 _FEW = Tilings(16, False, Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 4))
 _SOME = Tilings(32, False, Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3))
 _MANY = Tilings(64, False, Tiling(64, 32, 4, 3), Tiling(128, 32, 4, 3))
 _TILINGS = ((16, _FEW), (48, _SOME), (math.inf, _MANY))
-# Hopper's matrix unit takes larger tiles of tokens from shared memory, for which half as many
-# weights are decoded. On others they do not fit into registers, or into SM100's tensor memory.
+# Hopper's matrix unit reads larger tiles of tokens from shared memory, which halves how often
+# weights are decoded. On other GPUs such tiles do not fit into registers, or into SM100's tensor
+# memory.
 _HOPPER = (
     *_TILINGS[:2],
     (96, _MANY),
     (math.inf, Tilings(128, False, Tiling(64, 32, 4, 3), Tiling(128, 32, 4, 3))),
 )
-# While experts are hit so often on average, sorting pairs costs more than reading them again.
+# If experts are hit at most this often on average, sorting pairs costs more than reading experts
+# again.
 _BY_PAIR_MAX_REUSE = 2.0
 
 
 def tilings(tokens: int, top_k: int, num_experts: int, device_kind: str) -> Tilings:
-    """How a layer of these sizes is cut, if routing is uniform."""
+    """Returns the tile sizes for a layer, assuming uniform routing."""
     average = tokens * top_k / max(1.0, expected_hits(tokens, top_k, num_experts))
     if average <= _BY_PAIR_MAX_REUSE:
         return dataclasses.replace(_FEW, by_pair=True)
