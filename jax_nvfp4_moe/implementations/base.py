@@ -43,7 +43,7 @@ class Problem:
 
     Attributes:
         call: the static part of the call.
-        experts: those of this device, with `jax.ShapeDtypeStruct`s for arrays.
+        experts: this device's experts, with `jax.ShapeDtypeStruct`s for arrays.
         tokens: T.
         top_k: K.
         device_kind: of the device that the program is traced for.
@@ -59,7 +59,7 @@ class Problem:
 
 
 def shapes_of(experts: ExpertWeights) -> ExpertWeights:
-    """Returns the experts with a `jax.ShapeDtypeStruct` for each array."""
+    """Returns the experts with a `jax.ShapeDtypeStruct` in place of each array."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), experts)
 
 
@@ -67,7 +67,7 @@ class Routed(NamedTuple):
     """Tokens with their experts.
 
     Attributes:
-        topk_ids: among all experts of the layer; others contribute nothing.
+        topk_ids: each token's experts; ids of no expert of the layer contribute nothing.
         topk_weights: their weights.
     """
 
@@ -137,7 +137,7 @@ class Plan(abc.ABC):
     """How an implementation serves a problem. Hashable: a static argument under jit.
 
     Attributes:
-        implementation: the one that made the plan.
+        implementation: the implementation that made the plan.
         problem: the problem that it serves.
     """
 
@@ -167,7 +167,7 @@ class Plan(abc.ABC):
         Args:
             x: tokens; T is 1 or more.
             routed: their experts.
-            experts: those of this device, checked.
+            experts: this device's experts, checked.
         """
 
     def run_unrouted(

@@ -1,6 +1,7 @@
-"""Tuned kernel choices: measured on a device, kept in a file, looked up while tracing.
+"""Tuned tactics of kernels: measured on a device, stored in a file, looked up while tracing.
 
-An implementation that has choices measures them with `measuring` and keeps them in `table`.
+An implementation that has several tactics measures them with `measuring` and stores the fastest in
+`table`.
 """
 
 from jax_nvfp4_moe.tuning.table import Measured as Measured

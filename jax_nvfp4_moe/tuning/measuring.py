@@ -1,4 +1,4 @@
-"""Measures candidates on the device at hand, with weights and tokens of no meaning."""
+"""Measures candidates on this machine's device, with random weights and tokens."""
 
 import statistics
 import time
@@ -19,8 +19,8 @@ _BATCHES, _CALLS = 7, 20
 
 
 def seconds_of(function: Callable[..., Array], *arguments: Any) -> float:
-    """Returns the seconds that a call takes: the median of some batches of calls."""
-    jax.block_until_ready(function(*arguments))  # Compiles, and loads kernels.
+    """Returns the seconds that a call takes: the median over several batches of calls."""
+    jax.block_until_ready(function(*arguments))  # compiles, and loads kernels
     taken = []
     for _ in range(_BATCHES):
         begun = time.perf_counter()
@@ -33,7 +33,7 @@ def seconds_of(function: Callable[..., Array], *arguments: Any) -> float:
 def random_tokens(
     tokens: int, num_experts: int, top_k: int, hidden_size: int
 ) -> tuple[Float[Array, "T H"], Int32[Array, "T K"], Float32[Array, "T K"]]:
-    """Returns tokens in bfloat16, routed at random and evenly, with equal weights."""
+    """Returns random bfloat16 tokens, each routed to uniformly random experts of equal weight."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((tokens, hidden_size), np.float32)
     ids = rng.random((tokens, num_experts), np.float32).argpartition(top_k - 1)[:, :top_k]
@@ -50,7 +50,7 @@ def random_experts(
     activation_scheme: ActivationScheme,
     layout: Layout,
 ) -> ExpertWeights:
-    """Returns experts of random codes and equal scales in a layout; none is ever unpacked."""
+    """Returns experts of random codes and equal scales; no unpacked weights are ever made."""
     up = jax.ShapeDtypeStruct((num_experts, intermediate_size, hidden_size), jnp.bfloat16)
     down = jax.ShapeDtypeStruct((num_experts, hidden_size, intermediate_size), jnp.bfloat16)
     scales = (jnp.float32(1e-3), jnp.float32(1e-3)) if activation_scheme == "static" else ()

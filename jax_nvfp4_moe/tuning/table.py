@@ -1,4 +1,4 @@
-"""The file of measured tactics, `tactics.json` beside the modules they are of."""
+"""The file of measured tactics, `tactics.json` in the folder of the built modules."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,15 +13,15 @@ _FILE = "tactics.json"
 
 @dataclasses.dataclass(frozen=True)
 class TunedLayer:
-    """What a tactic is good for, but for the number of tokens.
+    """The layer that a tactic was measured for.
 
     Attributes:
-        device_kind: as JAX calls it.
-        version: of the flashinfer-python whose kernels they are.
-        activation: its name.
-        activation_scheme: of the experts.
+        device_kind: the kind of device, as JAX names it.
+        version: the version of flashinfer-python that has the kernels.
+        activation: the activation's name.
+        activation_scheme: the experts' activation scheme.
         deterministic: as in `CuteDsl`.
-        num_experts: on one device.
+        num_experts: the number of experts on one device.
         top_k: K.
         hidden_size: H.
         intermediate_size: I.
@@ -43,10 +43,10 @@ class Measured:
     """The fastest tactic for one number of tokens.
 
     Attributes:
-        layer: for which.
+        layer: the layer that was measured.
         tokens: T.
-        tactic: which.
-        microseconds: that a call took, the median.
+        tactic: the fastest tactic.
+        microseconds: the median time of a call.
     """
 
     layer: TunedLayer
@@ -56,14 +56,14 @@ class Measured:
 
 
 def read(cache: Path | None = None) -> tuple[Measured, ...]:
-    """All that was measured; nothing if nothing was.
+    """Returns all measurements; () if there is no file.
 
     Args:
-        cache: where the file is, `bridge.manifest.default_cache()` if not given.
+        cache: the folder of the file; None means `bridge.manifest.default_cache()`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is malformed.
+        ValueError: the file is malformed.
     """
     again = "`python -m jax_nvfp4_moe tune cute_dsl`"
     file = (cache or default_cache()) / _FILE
@@ -82,17 +82,17 @@ def _decode(layer: Any, tokens: Any, tactic: Any, microseconds: Any) -> Measured
 
 
 def add(measured: Iterable[Measured], cache: Path | None = None) -> None:
-    """Writes measurements down, in the place of those of the same layers and tokens.
+    """Adds measurements to the table; they replace earlier ones of the same layer and tokens.
 
-    Readers see the table as it was before or as it is after.
+    The file is replaced in one step: a reader sees the old table or the new one.
 
     Args:
-        measured: which.
-        cache: where the file is, `bridge.manifest.default_cache()` if not given.
+        measured: the measurements.
+        cache: the folder of the file; None means `bridge.manifest.default_cache()`.
 
     Raises:
         OSError: the table cannot be read or written.
-        ValueError: it is malformed.
+        ValueError: the table is malformed.
     """
     cache = cache or default_cache()
     cache.mkdir(parents=True, exist_ok=True)
@@ -102,14 +102,15 @@ def add(measured: Iterable[Measured], cache: Path | None = None) -> None:
 
 
 def look_up(layer: TunedLayer, tokens: int, cache: Path | None = None) -> Tactic | None:
-    """The tactic that was the fastest, or None if nothing of the layer was measured.
+    """Returns the fastest tactic for a layer, or None if the layer was not measured.
 
-    That of the next larger number of tokens that was measured; or, beyond all, of the largest.
+    It is the tactic of the smallest measured number of tokens that is at least `tokens`, or of the
+    largest measured number if all are smaller.
 
     Args:
-        layer: of the call.
+        layer: the call's layer.
         tokens: T.
-        cache: where the file is, `bridge.manifest.default_cache()` if not given.
+        cache: the folder of the file; None means `bridge.manifest.default_cache()`.
 
     Raises:
         OSError, ValueError: as `read`.

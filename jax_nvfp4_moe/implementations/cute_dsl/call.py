@@ -1,12 +1,14 @@
-"""What FlashInfer's two CuTe-DSL kernels are given: a gather GEMM with its activation, a GEMM.
+"""Calls FlashInfer's two CuTe-DSL kernels: a gather GEMM with the activation, and a GEMM.
 
-Tokens are quantised and sorted here. The first kernel gathers them, multiplies, activates and
-quantises again; the second multiplies, scales each row by its token's weight, and adds it to the
-token's output. (flashinfer-python 0.6.13: fused_moe/cute_dsl/fused_moe.py, lines 192-307; 0.7.2:
-lines 360-890.) Where each row has a scale of its own the first writes bfloat16, which is quantised
-here; where the order of the sum is to be certain the second writes its rows, which are added here.
-W4A16's two (0.7.2: fused_moe/cute_dsl/blackwell/moe_w4a16.py) take and write bfloat16 rows as they
-are sorted: they are gathered and added here.
+This module quantises and sorts tokens. The first kernel gathers them, multiplies, applies the
+activation and quantises the result. The second multiplies, scales each row by its token's weight,
+and adds it to the token's output. (flashinfer-python 0.6.13: fused_moe/cute_dsl/fused_moe.py, lines
+192-307; 0.7.2: lines 360-890.) There are three exceptions:
+
+* "per_token": the first kernel writes bfloat16, which this module quantises.
+* Deterministic: the second kernel writes its rows, which this module accumulates in slot order.
+* W4A16 (0.7.2: fused_moe/cute_dsl/blackwell/moe_w4a16.py): both kernels read and write sorted
+  bfloat16 rows, which this module gathers and accumulates.
 """
 
 import dataclasses
@@ -38,10 +40,10 @@ class Functions:
     """The pair of compiled functions that a plan calls.
 
     Attributes:
-        module: the name under which the bridge knows their module.
-        arch: the architecture that they are compiled for, as in "10.0a".
-        variant: the arithmetic that they compute; it fits the call and the experts.
-        tactic: their tiles, which divide the experts' padded sizes.
+        module: the name under which their module is registered with the bridge.
+        arch: the architecture that they are compiled for, such as "10.0a".
+        variant: the arithmetic that they compute, matching the call and the experts.
+        tactic: their tile sizes, which divide the experts' padded sizes.
     """
 
     module: str
@@ -51,7 +53,7 @@ class Functions:
 
     @property
     def names(self) -> tuple[str, str]:
-        """The names of both."""
+        """The names of the two functions."""
         key = self.variant, self.tactic, self.arch
         return cute_dsl.gemm1(*key), cute_dsl.gemm2(*key)
 
@@ -80,9 +82,9 @@ def run_routed(
         functions: the compiled functions to call.
         call: the static arguments.
         x: tokens.
-        topk_ids: among all experts.
+        topk_ids: each token's experts, among all experts of the layer.
         topk_weights: their weights.
-        experts: those of this device; in another layout than "cute_dsl" they are rearranged here.
+        experts: this device's experts, which are rearranged unless their layout is "cute_dsl".
     """
     kernels = _Kernels(functions, call, to_layout(experts, "cute_dsl"))
     return run_kernels(kernels.run, call, x, topk_ids, topk_weights, experts)
@@ -104,7 +106,7 @@ class _Kernels:
 
     @property
     def own_scales(self) -> bool:
-        """Whether each row has its own, beside which that of all is 1."""
+        """Whether each row has its own activation scale, instead of one for the whole layer."""
         return self.experts.activation_scheme == "per_token"
 
     @property
@@ -117,8 +119,8 @@ class _Kernels:
         ids: Int32[Array, "T K"],
         weights: Float32[Array, "T K"],
     ) -> Float[Array, "T H"]:
-        """The experts' output for tokens; ids are this device's."""
-        if ids.size == 0:  # no tile, which both kernels divide by
+        """Returns the experts' output for tokens; ids count this device's experts."""
+        if ids.size == 0:  # both kernels divide by the number of tiles
             return jnp.zeros_like(values)
         experts = self.experts
         padding = experts.w2.shape[-2] - experts.hidden_size
@@ -130,7 +132,7 @@ class _Kernels:
             hidden = self._first(values, permutation, ids.shape[1])
             y = self._second(hidden, permutation, weights)
         if not self.functions.variant.finalize:
-            # Rows of others' experts were not written.
+            # Rows of other devices' experts were not written.
             here = (ids >= 0) & (ids < experts.num_experts)
             rows = jnp.where(here[..., None], y, 0)
             y = self.recipe.combine(rows.astype(jnp.float32), weights)
@@ -142,7 +144,7 @@ class _Kernels:
         permutation: Permutation,
         weights: Float32[Array, "T K"],
     ) -> Float[Array, "T K H"]:
-        """W4A16's rows; of slots without one, anything."""
+        """Returns W4A16's rows; the values for slots without a row are unspecified."""
         experts = self.experts
         rows = permutation.permuted_idx_to_expanded_idx.size
         hidden_size, columns = experts.w2.shape[-2:]
@@ -168,7 +170,7 @@ class _Kernels:
     def _first(
         self, values: Float32[Array, "T H"], permutation: Permutation, top_k: int
     ) -> Nvfp4Array:
-        """The second GEMM's operand, its scales swizzled."""
+        """Returns the second GEMM's operand, with swizzled scales."""
         experts = self.experts
         rows = permutation.permuted_idx_to_expanded_idx.size
         columns = experts.w2.shape[-1]
@@ -192,7 +194,7 @@ class _Kernels:
             **common,
             fc2_input_scale=reciprocal(w2_input_scale).reshape(1),
             out=Output((rows, columns // 2), jnp.uint8),
-            # In tiles of 128 rows and 4 columns.
+            # Swizzled, in tiles of 128 rows and 4 columns.
             out_scale=Output((rows, columns // BLOCK_SIZE), jnp.float8_e4m3fn),
         )
         return Nvfp4Array(data, block_scale, w2_input_scale)
@@ -200,7 +202,7 @@ class _Kernels:
     def _second(
         self, hidden: Nvfp4Array, permutation: Permutation, weights: Float32[Array, "T K"]
     ) -> Array:
-        """The output [T, H], or rows [T, K, H]."""
+        """Returns the output [T, H], or rows [T, K, H] if the kernel does not accumulate them."""
         experts = self.experts
         columns = experts.w2.shape[-2]
         _, w2_input_scale = self._static_scales()
@@ -216,7 +218,7 @@ class _Kernels:
             permuted_idx_to_expanded_idx=permutation.permuted_idx_to_expanded_idx,
             token_final_scales=weights,
             output=(
-                # The kernel adds to what is there.
+                # The kernel adds to the buffer's contents.
                 InOut(jnp.zeros((len(weights), columns), jnp.bfloat16))
                 if self.functions.variant.finalize
                 else Output((*weights.shape, columns), jnp.bfloat16)
@@ -227,7 +229,7 @@ class _Kernels:
         return y
 
     def _static_scales(self) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-        """Of the input and of what lies between: 1 beside those that rows have of their own."""
+        """Returns the decode scales of both GEMMs' activations; 1 if rows have their own."""
         if self.own_scales:
             return jnp.float32(1), jnp.float32(1)
         w13_input_scale = self.recipe.w13_input_scale(self.experts)

@@ -1,7 +1,7 @@
 """The implementation "cute_dsl": FlashInfer's `cute_dsl_fused_moe_nvfp4` on SM100 and SM103.
 
-This module says what the two kernels serve, and with which tactic. `call` makes their arguments,
-`sort` the order of their rows.
+This module decides which problems the two kernels can serve, and with which tactic. `call` makes
+their arguments, `sort` the order of their rows.
 """
 
 import dataclasses
@@ -42,15 +42,15 @@ class CuteDsl(Implementation):
     """The implementation "cute_dsl": FlashInfer's CuTe-DSL kernels on SM100 and SM103.
 
     Attributes:
-        tactic: how the kernels divide their work; None means the tuned one for the layer, or else
-            FlashInfer's default.
-        deterministic: accumulate each token's rows in slot order, in float32 and by JAX, so that a
-            call always gives the same bits. It takes T * K * H * 2 bytes, and kernels that
-            FlashInfer has from 0.7.2 on. Otherwise rows are accumulated in bfloat16 in the order in
-            which they finish, except in W4A16, which always accumulates in slot order.
+        tactic: the kernels' tile sizes; None means the tactic that was tuned for the layer, or
+            FlashInfer's default if none was.
+        deterministic: whether JAX accumulates each token's rows in slot order and in float32, so
+            that a call always gives the same bits. This needs T * K * H * 2 bytes, and kernels that
+            FlashInfer has since 0.7.2. Otherwise the kernel accumulates rows in bfloat16, in the
+            order in which they finish; W4A16 always accumulates in slot order.
 
     Raises:
-        TypeError, ValueError: an option is of the wrong type, or no such tactic is compiled.
+        TypeError, ValueError: an option has the wrong type, or there are no kernels for the tactic.
     """
 
     tactic: Tactic | None = None
@@ -88,7 +88,7 @@ class CuteDsl(Implementation):
         raise NotImplementedError(reason)
 
     def _tactics(self, problem: Problem, version: str) -> tuple[Tactic, ...]:
-        """The tactics to try, in order."""
+        """Returns the tactics to try, in order."""
         if self.tactic is not None:
             return (self.tactic,)
         try:
@@ -98,7 +98,7 @@ class CuteDsl(Implementation):
         except (OSError, ValueError) as error:
             raise NotImplementedError(str(error)) from error
         default = TACTICS["default"][0]
-        # A tactic that was measured once may not be built now.
+        # The tuned tactic may be missing from the module that is built now.
         return (default,) if tuned is None else (tuned, default)
 
 
@@ -107,8 +107,8 @@ class CuteDslPlan(Plan):
     """The layer as two calls of the module's functions.
 
     Attributes:
-        module: the module that has them.
-        functions: which ones.
+        module: the module that contains the functions.
+        functions: the functions to call.
     """
 
     implementation: CuteDsl
@@ -136,11 +136,11 @@ class CuteDslPlan(Plan):
 
 
 def tuned_layer(problem: Problem, version: str, *, deterministic: bool) -> TunedLayer:
-    """Returns the key of the problem's tactics in the table of `tuning`.
+    """Returns the problem's key in the table of tuned tactics.
 
     Args:
         problem: the call.
-        version: of the module that serves it.
+        version: the FlashInfer version of the module that serves it.
         deterministic: as in `CuteDsl`.
     """
     experts = problem.experts
@@ -158,7 +158,7 @@ def tuned_layer(problem: Problem, version: str, *, deterministic: bool) -> Tuned
 
 
 def _not_there(functions: Functions, module: Module, experts: ExpertWeights) -> str | None:
-    """Why functions cannot be called for experts, or None if they can."""
+    """Returns the reason why functions cannot be called for experts, or None if they can."""
     known = cute_dsl.tactics_of(functions.variant, "all")
     if functions.tactic not in known:
         scheme = f"activation_scheme={experts.activation_scheme!r}"

@@ -1,8 +1,8 @@
-"""Pairs in the order in which CuTe-DSL's grouped GEMMs take them: `moe_sort` of FlashInfer, in JAX.
+"""Sorts pairs for CuTe-DSL's grouped GEMMs: FlashInfer's `moe_sort`, in JAX.
 
-Buffers, their sizes and what is in them are those of data/csrc/moe_utils_binding.cu (lines 326-390)
-and fused_moe/cute_dsl/moe_utils.py of flashinfer-python 0.6.13. One sort, and gathers; sizes are
-static, so that one program serves all routings.
+The buffers have the sizes and contents of data/csrc/moe_utils_binding.cu (lines 326-390) and
+fused_moe/cute_dsl/moe_utils.py in flashinfer-python 0.6.13. One sort and several gathers compute
+them. Sizes are static, so that one program serves all routings.
 """
 
 from typing import NamedTuple
@@ -14,13 +14,13 @@ from jax_nvfp4_moe.implementations.common.grouping import group
 
 
 class Permutation(NamedTuple):
-    """Rows of the GEMMs: every expert's pairs one after the other, each in whole tiles.
+    """The rows of the GEMMs: pairs sorted by expert, each expert padded to whole tiles.
 
     Attributes:
         tile_idx_to_expert_idx: the local expert of each tile [N].
         tile_idx_to_mn_limit: the row at which each tile's pairs end [N].
         permuted_idx_to_expanded_idx: each row's pair ``token * K + slot`` [N * tile], or -1.
-        num_non_exiting_tiles: how many tiles there are [1]; the entries of others mean nothing.
+        num_non_exiting_tiles: the number of tiles in use [1]; entries of later tiles are unused.
     """
 
     tile_idx_to_expert_idx: Int32[Array, " N"]
@@ -29,20 +29,20 @@ class Permutation(NamedTuple):
     num_non_exiting_tiles: Int32[Array, " 1"]
 
     def token_ids(self, top_k: int) -> Int32[Array, " M"]:
-        """Each row's token; of rows without a pair, which the kernels read and throw away, 0."""
+        """Returns each row's token; 0 for rows without a pair, whose results are discarded."""
         return jnp.maximum(self.permuted_idx_to_expanded_idx, 0) // top_k
 
 
 def max_tiles(pairs: int, num_experts: int, tile: int) -> int:
-    """The largest number of tiles that pairs can take.
+    """Returns the largest number of tiles that any routing can need.
 
-    With more pairs than experts that is when all experts but one have a single pair (moe_utils.py,
-    lines 39-79).
+    If there are more pairs than experts, this is the case in which all experts but one have a
+    single pair (moe_utils.py, lines 39-79).
 
     Args:
         pairs: T * K.
-        num_experts: how many are held here.
-        tile: rows of a tile.
+        num_experts: the number of this device's experts.
+        tile: the number of rows of a tile.
     """
     if pairs <= num_experts:
         return pairs
@@ -50,7 +50,7 @@ def max_tiles(pairs: int, num_experts: int, tile: int) -> int:
 
 
 def rows_of_pairs(permutation: Permutation, pairs: int) -> Int32[Array, " P"]:
-    """Each pair's row, or -1 if it was left out: FlashInfer's expanded_idx_to_permuted_idx.
+    """Returns each pair's row, or -1 if it has none: FlashInfer's expanded_idx_to_permuted_idx.
 
     Args:
         permutation: from `moe_sort`.
@@ -58,26 +58,27 @@ def rows_of_pairs(permutation: Permutation, pairs: int) -> Int32[Array, " P"]:
     """
     pair = permutation.permuted_idx_to_expanded_idx
     rows = jnp.full(pairs, -1, jnp.int32)
-    # Beyond the end: rows without a pair are dropped.
+    # Rows without a pair get places beyond the end, which "drop" discards.
     place = jnp.where(pair < 0, pairs + jnp.arange(pair.size, dtype=jnp.int32), pair)
     numbers = jnp.arange(pair.size, dtype=jnp.int32)
     return rows.at[place].set(numbers, mode="drop", unique_indices=True)
 
 
 def moe_sort(topk_ids: Int32[Array, "T K"], num_experts: int, tile: int) -> Permutation:
-    """Sorts pairs by expert, stably, and begins each expert with a tile.
+    """Sorts pairs by expert, stably; each expert begins with a new tile.
 
     Args:
-        topk_ids: among the experts held here, 0..num_experts-1; pairs of others are left out.
-        num_experts: how many are held here.
-        tile: rows of a tile.
+        topk_ids: each token's experts, 0..num_experts-1 among this device's experts; pairs with
+            other ids get no row.
+        num_experts: the number of this device's experts.
+        tile: the number of rows of a tile.
     """
     grouping = group(topk_ids, num_experts, tile)
     most = max_tiles(topk_ids.size, num_experts, tile)
     tiles = jnp.arange(most, dtype=jnp.int32)
     expert = jnp.searchsorted(grouping.last_tile, tiles, side="right").astype(jnp.int32)
     expert = jnp.minimum(expert, num_experts - 1)
-    # Before an expert's first tile are all tiles of those before it.
+    # An expert's first tile follows all tiles of the experts before it.
     first_tile = grouping.last_tile - (grouping.pairs + (tile - 1)) // tile
     first_row = first_tile[expert] * tile
     limit = jnp.minimum((tiles + 1) * tile, first_row + grouping.pairs[expert])

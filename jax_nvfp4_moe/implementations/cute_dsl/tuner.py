@@ -32,28 +32,28 @@ def tune(
 ) -> tuple[Measured, ...]:
     """Measures the tactics of "cute_dsl" for a layer, and writes the fastest into the table.
 
-    Weights and tokens are random, routed evenly. Programs that were traced before keep the tactics
-    that they have.
+    Weights and tokens are random, and routing is uniform. Programs that were traced earlier keep
+    their tactics.
 
     Args:
-        num_experts: on this device.
+        num_experts: the number of experts on this device.
         top_k: K.
         hidden_size: H.
         intermediate_size: I.
-        tokens: the numbers of tokens T to find the fastest tactic for.
-        activation: its name.
-        activation_scheme: "static" or "per_token"; for "none" there is one tactic.
+        tokens: the numbers of tokens T for which to find the fastest tactic.
+        activation: the activation's name.
+        activation_scheme: "static" or "per_token"; "none" has only one tactic.
         deterministic: as in `CuteDsl`.
-        cache: the folder of the table, `bridge.manifest.default_cache()` if not given.
-        progress: show it on stderr; None means where that is a terminal.
+        cache: the folder of the table; None means `bridge.manifest.default_cache()`.
+        progress: whether to show progress on stderr; None means only if that is a terminal.
 
     Returns:
-        The fastest, in the order of `tokens`.
+        The fastest tactics, in the order of `tokens`.
 
     Raises:
         ValueError: a size does not fit.
-        NotImplementedError: the kernels cannot serve the layer here, none is built, or there is
-            one tactic; the message says why.
+        NotImplementedError: the kernels cannot serve the layer here, no module is built, or there
+            is only one tactic; the message gives the reason.
         OSError: the table cannot be read or written.
     """
     if not tokens or min(tokens) < 1:
@@ -82,7 +82,7 @@ def tune(
     layer = tuned_layer(problem, default.module.version, deterministic=deterministic)
     candidates = _candidates(problem, deterministic)
     measured = []
-    # disable=None: tqdm is silent where stderr is no terminal.
+    # disable=None: tqdm shows nothing if stderr is not a terminal.
     hidden = None if progress is None else not progress
     with tqdm(total=len(tokens) * len(candidates), unit="tactic", disable=hidden) as bar:
         for count in tokens:
@@ -99,7 +99,7 @@ def tune(
 
 
 def _candidates(problem: Problem, deterministic: bool) -> list[CuteDslPlan]:
-    """The plans of all tactics that can serve the problem."""
+    """Returns the plans of all tactics that can serve the problem."""
     plans = []
     for tactic in TACTICS["all"]:
         try:

@@ -1,9 +1,9 @@
-"""Calls of FlashInfer's `trtllm_fp4_block_scale_moe`.
+"""Calls FlashInfer's `trtllm_fp4_block_scale_moe`.
 
-Tokens are quantised here. The kernel takes quantised activations, packed ids or the router's
-logits, and every remaining scale in three numbers for each expert. Its parameters are in
+This module quantises tokens. The kernel takes quantised activations, packed ids or the router's
+logits, and three numbers for each expert that combine all other scales. Its parameters are in
 data/csrc/trtllm_fused_moe_kernel_launcher.cu of flashinfer-python 0.6.13. It checks few of them, so
-arguments that would read or write out of bounds are refused, or corrected, before the call.
+this package refuses or corrects arguments with which it would read or write out of bounds.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ class Function:
     """The compiled function that a plan calls.
 
     Attributes:
-        module: the name under which the bridge knows FlashInfer's module.
-        version: of the flashinfer-python that it comes from.
+        module: the name under which FlashInfer's module is registered with the bridge.
+        version: the version of flashinfer-python that it comes from.
     """
 
     module: str
@@ -59,12 +59,12 @@ def run_routed(
     """Returns the layer's output.
 
     Args:
-        function: of a module that is registered with the bridge.
+        function: the function to call; its module is registered with the bridge.
         call: the static arguments.
         x: tokens.
-        topk_ids: among all experts.
+        topk_ids: each token's experts, among all experts of the layer.
         topk_weights: their weights.
-        experts: those of this device; in another layout than "trtllm" they are rearranged here.
+        experts: this device's experts, which are rearranged unless their layout is "trtllm".
     """
     limit = max_tokens(topk_ids.shape[1], padded_experts(experts.num_experts))
     launch = _launcher(function, call, experts)
@@ -88,16 +88,16 @@ def run_unrouted(
     """Returns the layer's output, routed by the kernel.
 
     Args:
-        function: of a module that is registered with the bridge.
+        function: the function to call; its module is registered with the bridge.
         call: the static arguments.
-        routing: how to route.
+        routing: the routing method and its parameters.
         x: tokens.
         logits: the router's output.
         selection_bias: [E], or None.
-        experts: all of them; in another layout than "trtllm" they are rearranged here.
+        experts: all experts of the layer, which are rearranged unless their layout is "trtllm".
 
     Raises:
-        ValueError: the kernel has no such router.
+        ValueError: the kernel has no router for `routing`.
     """
     launch = _launcher(function, call, experts)
     y = _in_parts(
@@ -110,9 +110,9 @@ def run_unrouted(
 
 
 def _in_parts(launch: Callable[..., Array], limit: int, *tokens: Array) -> Array:
-    """`launch(*tokens)`, of at most `limit` tokens at once, and never of none."""
+    """Returns the result of `launch(*tokens)`, launched for 1 to `limit` tokens at a time."""
     count = len(tokens[0])
-    if count == 0:  # the function divides by it
+    if count == 0:  # the function divides by the number of tokens
         return jnp.zeros_like(tokens[0])
     parts = [launch(*(a[at : at + limit] for a in tokens)) for at in range(0, count, limit)]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
@@ -121,14 +121,14 @@ def _in_parts(launch: Callable[..., Array], limit: int, *tokens: Array) -> Array
 def _launcher(
     function: Function, call: Call, experts: ExpertWeights
 ) -> Callable[[Float32[Array, "T H"], Mapping[str, Argument]], Array]:
-    """Returns a function from tokens, and the arguments about their routing, to the output.
+    """Returns a function that computes the output from tokens and their routing arguments.
 
-    Everything that depends on the experts alone is computed here, once.
+    Everything that depends only on the experts is computed once, before the function is returned.
     """
     experts = to_layout(experts, "trtllm")
     own_scales = experts.activation_scheme == "per_token"
     if own_scales:
-        # Each token has its own scale, so the layer's is 1; the kernel computes GEMM2's.
+        # Each token has its own scale, so the layer's is 1; the kernel computes GEMM2's scales.
         w13_input_scale = w2_input_scale = jnp.float32(1)
     else:
         recipe = Recipe(call, experts.activation_scheme, jnp.float32)
@@ -149,7 +149,7 @@ def _launcher(
             "hidden_states": rows.data,
             "hidden_states_scale": rows.scale,
             "per_token_scales": rows.global_scale if own_scales else None,
-            # Narrower than the padded rows: what was padded is not written.
+            # Narrower than the padded rows: the kernel does not write the padding.
             "output": Output((len(values), experts.hidden_size), jnp.bfloat16),
         }
         sizes = check_arguments(arguments)

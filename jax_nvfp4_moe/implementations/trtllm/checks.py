@@ -1,8 +1,8 @@
-"""What the TRTLLM-Gen function does not check itself: sizes and types of what it is given.
+"""Checks the shapes and dtypes of the TRTLLM-Gen function's arguments, which it does not check.
 
-Its launcher casts most pointers to what it expects (data/csrc/trtllm_fused_moe_kernel_launcher.cu
-of flashinfer-python 0.6.13, lines 1840-1986 and 2400-2462): a tensor of another shape or type is
-read, or written, out of bounds.
+Its launcher casts most pointers to the type that it expects
+(data/csrc/trtllm_fused_moe_kernel_launcher.cu of flashinfer-python 0.6.13, lines 1840-1986 and
+2400-2462). With a tensor of another shape or dtype it reads or writes out of bounds.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from jax_nvfp4_moe.implementations.trtllm.sizes import Sizes
 from jax_nvfp4_moe.implementations.trtllm.weights import ACT_TYPES
 
 _CODES, _SCALES, _FLOATS = jnp.uint8, jnp.float8_e4m3fn, jnp.float32
-# What may be None.
+# Arguments that may be None.
 _OPTIONAL = (
     "routing_logits", "routing_bias", "gemm1_bias", "gemm1_alpha", "gemm1_beta",
     "gemm1_clamp_limit", "gemm2_bias", "per_token_scales",
@@ -23,17 +23,17 @@ _OPTIONAL = (
 
 
 def check_arguments(arguments: Mapping[str, Argument]) -> Sizes:
-    """Refuses tensors that do not fit each other, before anything is launched.
+    """Checks that the tensors of a call fit each other, before anything is launched.
 
     Args:
-        arguments: all that are tensors or sizes, by name.
+        arguments: all tensors and sizes, by name.
 
     Returns:
         The call's sizes.
 
     Raises:
-        ValueError: a tensor has another shape or type than the call's sizes say; the message names
-            it, what it is and what was expected.
+        ValueError: a tensor's shape or dtype does not match the call's sizes; the message gives its
+            name, its shape and dtype, and the expected ones.
     """
     given: Mapping[str, Any] = arguments
     sizes = Sizes(
@@ -74,7 +74,7 @@ def _expected(sizes: Sizes, act_type: int) -> dict[str, tuple[tuple[int, ...], A
         "topk_weights": ((t, k), jnp.bfloat16),
         "routing_bias": ((sizes.num_experts,), _FLOATS),
         "hidden_states": ((t, h // 2), _CODES),
-        # Linear: swizzled ones may have as many elements.
+        # Row-major. Swizzled scales may have the same number of elements, so only the shape tells.
         "hidden_states_scale": ((t, h // 16), _SCALES),
         "gemm1_weights": ((e, rows, h // 2), _CODES),
         "gemm1_weights_scale": ((e, rows, h // 16), _SCALES),

@@ -1,7 +1,8 @@
 """The implementation "trtllm": FlashInfer's `trtllm_fp4_block_scale_moe` on SM100 and SM103.
 
-This module says what the kernel serves. `call` makes its arguments, `routing` those about routing,
-`weights` those about experts; `checks` holds them to each other; `sizes` computes the workspace.
+This module decides which problems the kernel can serve. `call` makes its arguments: `routing` makes
+the routing arguments, `weights` the arguments for the experts. `checks` checks that arguments fit
+each other, and `sizes` computes the workspace.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from jax_nvfp4_moe.implementations.trtllm.sizes import Sizes, max_tokens, worksp
 from jax_nvfp4_moe.implementations.trtllm.weights import ACT_TYPES, finite_limit
 from jax_nvfp4_moe.layouts import Layout
 
-# The activations that have kernels for tokens with scales of their own.
+# The activations for which there are kernels with per-token scales.
 _PER_TOKEN = ("silu", "swiglu_oai")
 # The versions of flashinfer-python whose arguments are known, the newest last.
 _VERSIONS = tuple(flashinfer.PARAMETERS[FUNCTION])
@@ -47,9 +48,10 @@ class Trtllm(Implementation):
     """The implementation "trtllm": FlashInfer's TRTLLM-Gen kernel on SM100 and SM103.
 
     Attributes:
-        route_in_kernel: leave the routing of `nvfp4_moe` to the kernel, in one launch less. It
-            ranks and weighs as `route` does, in float32 and by its own sigmoid and softmax, so that
-            nearly equal scores may be ranked otherwise. It has routers for some methods and sizes.
+        route_in_kernel: whether the kernel routes the tokens of `nvfp4_moe`, with one launch less.
+            It ranks and weights as `route` does, in float32, but with its own sigmoid and softmax,
+            so nearly equal scores may be ranked differently. It has routers for some methods and
+            sizes only.
 
     Raises:
         TypeError: `route_in_kernel` is not a bool.
@@ -79,10 +81,10 @@ class Trtllm(Implementation):
 
 @dataclasses.dataclass(frozen=True)
 class TrtllmPlan(Plan):
-    """The layer as one call of the module's function.
+    """Computes the layer with one call of the module's function.
 
     Attributes:
-        module: the module that has it.
+        module: the module that contains the function.
     """
 
     implementation: Trtllm
@@ -156,7 +158,7 @@ def _check_routed(problem: Problem) -> None:
             "route_in_kernel=True, but the tokens are routed already: call nvfp4_moe, or leave it "
             "False"
         )
-    # One number, in a program that all devices run.
+    # The kernel takes the first expert's index as a static number, the same on all devices.
     reason = "it cannot tell which experts are a device's (axis_name)" if call.axis_name else None
     if call.router_weight_on_input:
         reason = reason or "router_weight_on_input needs the weights before it runs"
@@ -166,7 +168,7 @@ def _check_routed(problem: Problem) -> None:
 
 
 def _sizes(problem: Problem) -> Sizes:
-    """The sizes of the largest call that serves the problem."""
+    """Returns the sizes of the largest call of the function that the problem needs."""
     experts, per_token = problem.experts, problem.experts.activation_scheme == "per_token"
     num_experts = padded_experts(experts.num_experts)
     hidden_size, intermediate_size = padded_sizes(experts, "trtllm")

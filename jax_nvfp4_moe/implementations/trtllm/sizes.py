@@ -1,4 +1,4 @@
-"""How many tokens the TRTLLM-Gen function takes at once, and how much memory it allocates.
+"""The largest number of tokens in one call of the TRTLLM-Gen function, and its workspace size.
 
 Source: data/csrc/trtllm_fused_moe_kernel_launcher.cu of flashinfer-python, lines 120-202 and
 1763-1934 of 0.6.13, 1050-1125, 1431-1474, 1589-1593 and 5192-5237 of 0.7.2.post1.
@@ -7,26 +7,26 @@ Source: data/csrc/trtllm_fused_moe_kernel_launcher.cu of flashinfer-python, line
 import dataclasses
 import math
 
-# Each tensor of the workspace begins at a multiple of this, in the bridge.
+# The bridge aligns each tensor of the workspace to this many bytes.
 _ALIGNMENT = 256
 
-# No grid is higher than this; no tile is wider than 128 tokens unless it is chosen by hand.
+# The largest height of a grid, and the widest tile, in tokens, that is not chosen by hand.
 _MAX_CTAS, _TILE = 65535, 128
 _MAX_TOKENS = 300_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of one call.
+    """The sizes of one call.
 
     Attributes:
         tokens: T, 1 or more.
         top_k: K.
-        num_experts: of all devices, as the function is told.
-        local_experts: of this one.
+        num_experts: the experts of all devices, as passed to the function.
+        local_experts: this device's experts.
         hidden_size: H, padded.
         intermediate_size: I, padded.
-        per_token: whether each token has a scale of its own.
+        per_token: whether each token has its own scale.
     """
 
     tokens: int
@@ -39,14 +39,14 @@ class Sizes:
 
 
 def max_tokens(top_k: int, num_experts: int) -> int:
-    """How many tokens one call takes.
+    """Returns the largest number of tokens that one call can process.
 
-    (vLLM 0.33.0, fused_moe/experts/trtllm_nvfp4_moe.py, lines 259-279: every expert's last tile may
-    be filled with a single token.)
+    In the worst case every expert's last tile holds a single token (vLLM 0.33.0,
+    fused_moe/experts/trtllm_nvfp4_moe.py, lines 259-279).
 
     Args:
         top_k: K.
-        num_experts: of all devices.
+        num_experts: the experts of all devices.
     """
     pairs = num_experts + (_MAX_CTAS - num_experts + 1) * _TILE - 1
     return min(_MAX_TOKENS, pairs // top_k)
@@ -54,12 +54,12 @@ def max_tokens(top_k: int, num_experts: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Release:
-    """What of the workspace differs between versions.
+    """The properties of the workspace that differ between versions.
 
     Attributes:
-        tiles: of tokens, from which the function chooses by itself.
-        extra_row: whether the map of padded rows has one entry more.
-        has_ids: whether there is a buffer for ids, though the caller brings one.
+        tiles: the tile sizes, in tokens, among which the function chooses by default.
+        extra_row: whether the map of padded rows has one more entry.
+        has_ids: whether the workspace has a buffer for ids, in addition to the caller's.
     """
 
     tiles: tuple[int, ...]
@@ -74,21 +74,21 @@ _RELEASES = {
 
 
 def workspace_bytes(version: str, sizes: Sizes) -> int:
-    """What the function allocates in one call with the tactic that it chooses by itself.
+    """Returns the bytes that the function allocates in one call with its default tactic.
 
     Args:
-        version: flashinfer-python's.
-        sizes: the call's.
+        version: the version of flashinfer-python.
+        sizes: the call's sizes.
     """
     release = _RELEASES[version]
     pairs = sizes.tokens * sizes.top_k
-    # The largest below an expert's share of the tokens.
+    # The largest tile below an expert's average number of pairs.
     smaller = [tile for tile in release.tiles if tile * sizes.local_experts < pairs]
     tile = max(smaller, default=release.tiles[0])
     hit = min(sizes.num_experts, pairs)
     ctas = hit + (pairs - hit) // tile
     rows = ctas * tile
-    # At least as many as some kernels fill with one copy.
+    # Some kernels write whole copies, so the buffers have at least the rows that one copy fills.
     rows1 = max(rows, math.ceil(2**20 / (4 * sizes.intermediate_size)))
     rows2 = max(rows, math.ceil(2**20 / (16 * sizes.hidden_size)))
     routing = (
@@ -103,7 +103,7 @@ def workspace_bytes(version: str, sizes: Sizes) -> int:
         4,
     )
     quantized = rows1 * sizes.intermediate_size // 2
-    # In bfloat16 first, then quantised with each row's scale.
+    # Per token: the values in bfloat16, then their codes, then each row's scale.
     hidden = (4 * quantized, quantized, 4 * rows1) if sizes.per_token else (quantized,)
     scales = 128 * math.ceil(rows1 / 128) * 4 * math.ceil(sizes.intermediate_size / 64)
     used = 0

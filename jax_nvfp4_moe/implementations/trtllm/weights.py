@@ -1,6 +1,6 @@
-"""What the TRTLLM-Gen function is given of the experts: weights, and every scale folded into three.
+"""The TRTLLM-Gen function's arguments for the experts: weights, and scales combined into three.
 
-The formulas are those of batched_gemm's BatchedGemmInterface.h, lines 351-397, of flashinfer-cubin
+The formulas follow batched_gemm's BatchedGemmInterface.h, lines 351-397, in flashinfer-cubin
 0.6.13.
 """
 
@@ -21,13 +21,14 @@ ACT_TYPES = {"silu": 3, "gelu": 4, "swiglu_oai": 3, "relu2": 6}
 
 
 class OutputScales(NamedTuple):
-    """What the kernel multiplies its sums with, float32 [E] each.
+    """The factors by which the kernel multiplies its sums, float32 [E] each.
 
     Attributes:
-        up: output1_scales_scalar: the up half, divided by what GEMM2's activations are scaled by.
-        gate: output1_scales_gate_scalar: the gate half, before the activation; of experts without
-            gates, all of it.
-        down: output2_scales_scalar.
+        up: output1_scales_scalar, for the up half, divided by the scale of GEMM2's activations. If
+            not gated, only that division.
+        gate: output1_scales_gate_scalar, for the gate half, before the activation. If not gated,
+            for GEMM1's whole output.
+        down: output2_scales_scalar, for GEMM2's output.
     """
 
     up: Float32[Array, " E"]
@@ -41,12 +42,12 @@ def weight_arguments(
     w13_input_scale: Float32[Array, ""],
     w2_input_scale: Float32[Array, ""],
 ) -> dict[str, Argument]:
-    """The arguments that are the same for all tokens.
+    """Returns the arguments that are the same for all tokens.
 
     Args:
-        activation: between the two GEMMs.
+        activation: the activation between the two GEMMs.
         experts: in the layout "trtllm".
-        w13_input_scale: decode scale of GEMM1's activations, or 1 where each token has its own.
+        w13_input_scale: decode scale of GEMM1's activations, or 1 if each token has its own.
         w2_input_scale: decode scale of GEMM2's activations, or 1 likewise.
     """
     sums = experts.w13.global_scale * w13_input_scale
@@ -72,21 +73,22 @@ def weight_arguments(
 
 
 def finite_limit(activation: Activation) -> float | None:
-    """What gate and up are clamped to, if they are."""
+    """Returns the limit that clamps gate and up, or None if they are not clamped."""
     return None if activation.limit == math.inf else activation.limit
 
 
 def output_scales(
     experts: ExpertWeights, sums: Float32[Array, "E S"], w2_input_scale: Float32[Array, ""]
 ) -> OutputScales:
-    """The scales that the kernel's epilogues apply.
+    """Returns the scales that the kernel's epilogues apply.
 
-    The activation's output is stored divided by `w2_input_scale`. It is linear in the up half, so
-    the division is folded into that half's scale; without gates the division is a scale of its own.
+    The kernel stores the activation's output divided by `w2_input_scale`. The output is linear in
+    the up half, so that half's scale includes the division. Without gates, the division is a
+    separate scale.
 
     Args:
-        experts: of whose w2 the global scales are folded in.
-        sums: decode scales of GEMM1's sums: S = 1, or S = 2 for gate and up apart.
+        experts: the experts; their w2's global scales are part of `down`.
+        sums: decode scales of GEMM1's sums: S = 1, or S = 2 if gate and up have separate ones.
         w2_input_scale: decode scale of GEMM2's activations.
     """
     encode = reciprocal(w2_input_scale)
@@ -101,7 +103,10 @@ def _epilogue(
     sums: Float32[Array, "E S"],
     down: Float32[Array, " E"],
 ) -> dict[str, Array | None]:
-    """Biases and the activation's parameters, which but for alpha act on sums without scales."""
+    """Returns biases and the activation's parameters.
+
+    All except alpha apply to sums that are not scaled yet, so they are divided by the scales.
+    """
     hidden_size, intermediate_size = experts.w2.shape[-2], experts.w2.shape[-1]
     bias1 = bias2 = None
     if experts.w13_bias is not None:
