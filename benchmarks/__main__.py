@@ -1,15 +1,15 @@
-"""What the package is measured with: `python -m benchmarks COMMAND --help`."""
+"""Measures the package: `python -m benchmarks COMMAND --help`."""
 
 import argparse
 import importlib
 
 COMMANDS = {  # each a module with a `main`
-    "layer": "one layer, side by side with what else computes it",
-    "gpu": "layers on a GPU, side by side, and the conformance suite there",
-    "plot": "draw what `layer` wrote",
-    "decode": "the language model of examples/ at real sizes, a token at a time",
-    "bridge": "what a call through the bridge costs the host",
-    "loading": "how fast a checkpoint loads, and in how much memory",
+    "layer": "time one layer on the CPU, beside other implementations",
+    "gpu": "time layers on a GPU, and run the conformance suite there",
+    "plot": "plot the results of `layer`",
+    "decode": "time decoding with the language model of examples/ at real sizes",
+    "bridge": "time the host's part of a call through the bridge",
+    "loading": "time loading a checkpoint, and measure its memory",
 }
 
 
@@ -22,9 +22,9 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command")
     args = parser.parse_args()
-    # Imported when asked for: a contender's process imports this module too, and needs none.
+    # Imported on demand: the contenders' processes import this module too, and need no command.
     command = importlib.import_module(f"benchmarks.{args.command}")
     command.main(args.arguments)
 

@@ -1,12 +1,12 @@
-"""What the bridge costs the host, beside the least that a custom call can cost.
+"""Times a call through the bridge on the host, beside a custom call that does nothing.
 
     python -m benchmarks bridge --output benchmarks/results/bridge.jsonl
 
-Chains of calls with as many operands as FlashInfer's function takes, on the CPU: of a handler that
-does nothing, and through the bridge of a function that does nothing. Each chain is one jitted
-`lax.scan`, a call's result the next one's operand, and they take turns. A figure is a chain's time
-over its calls: the median, the smallest and the largest of the turns. Needs g++ and the extra
-`test`.
+It runs two chains of calls on the CPU, with as many arguments as FlashInfer's function has: of a
+handler that does nothing, and through the bridge of a function that does nothing. Each chain is
+one jitted `lax.scan`, in which a call's result is the next one's operand. The chains take turns. A
+figure is a chain's time divided by its calls: the median, the smallest and the largest of the
+turns. It needs g++ and the extra `test`.
 """
 
 import argparse

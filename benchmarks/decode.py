@@ -1,15 +1,14 @@
-"""Decodes with the language model of examples/, experts by either way.
+"""Times decoding with the language model of examples/, for each implementation of its experts.
 
     python -m benchmarks decode --layers 4 --output benchmarks/results/decode-qwen3-30b.jsonl
     python -m benchmarks decode --model examples/models/qwen3-moe-tiny-nvfp4
 
-Without --model: Qwen3-30B-A3B's layers with random weights, as many of its 48 as --layers says, and
-as large a part of its vocabulary, so that a step is that part of the whole model's. (The example's
-own tiny model has experts of 0.2 MB a layer, which decide little.)
+Without --model it uses --layers of Qwen3-30B-A3B's 48 layers, with random weights and the same
+fraction of its vocabulary, so that a step costs that fraction of the whole model's. (In the
+example's tiny model the experts, 0.2 MB a layer, take little of the time.)
 
-All models are one, with the same weights; they take turns of --tokens tokens, chosen as the most
-likely, a step at a time, as the example does. "none" has no experts: whatever computes them, a step
-takes longer than that.
+All models share their weights. They take turns of --tokens tokens, decoded greedily one at a time,
+as in the example. "none" has no experts: its time is the lower bound for the others.
 """
 
 import argparse

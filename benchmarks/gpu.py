@@ -1,16 +1,16 @@
-"""Times layers on a GPU, side by side with what else computes them.
+"""Times layers on a GPU, beside other implementations.
 
     python -m benchmarks gpu --tests --output benchmarks/results
     python -m benchmarks gpu --layers qwen3-30b --tokens 1 16 --contenders triton torch-bf16-grouped
     python -m benchmarks gpu --dry-run
 
-What is timed is a program of several layers, each with other tokens and, as far as memory allows,
-other weights: one jitted call in JAX, one CUDA graph in torch. README.md says how. Before it is
-timed, a contender's results are compared with the emulation's; if they differ by more than its
-arithmetic explains, or it fails, the line says so instead.
+It times a program of several layers, each with its own tokens and, as far as memory allows, its own
+weights: one jitted call in JAX, one CUDA graph in torch (see README.md). Before timing, a
+contender's results are compared with the emulation's. If it fails, or they differ by more than the
+arithmetic explains, its line has the reason instead of times.
 
-The order is: with --tests the conformance suite, then each layer, few tokens first. What does not
-fit into --minutes is left out, and lines are written as soon as they are known.
+With --tests the conformance suite runs first, then each layer, with few tokens first. What does not
+fit into --minutes is left out. Lines are written as soon as they are known.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a layer's call reads and computes on a GPU, and how much of the device's limits that is."""
+"""Rates of a layer's call on a GPU, absolute and relative to the device's limits."""
 
 
 def rates(layer, line, limits):

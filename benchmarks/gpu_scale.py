@@ -1,4 +1,4 @@
-"""How large a run on a GPU is, and a dry one on a CPU."""
+"""The sizes of a run on a GPU, and of a dry run on a CPU."""
 
 import dataclasses
 import math

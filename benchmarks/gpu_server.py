@@ -1,4 +1,4 @@
-"""What runs in the processes of `python -m benchmarks gpu`: a contender, or the device's limits."""
+"""The processes of `python -m benchmarks gpu`: contenders, and one that measures the device."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""The conformance suite on the GPU, in a given time, and how it went."""
+"""Runs the conformance suite on the GPU within a time limit, and reports the results."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ ENDING = 20  # seconds for pytest to report, once it is interrupted
 
 
 def run(part, seconds):
-    """Runs a part of the suite; what did not end in time is not among the results."""
+    """Runs a part of the suite; tests that did not finish in time are not among the results."""
     workers = max(0, machine.cores() - 4)
     begin, stopped = time.perf_counter(), False
     with tempfile.TemporaryDirectory() as folder:

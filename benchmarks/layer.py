@@ -1,16 +1,17 @@
-"""Times a layer, side by side with what else computes it.
+"""Times a layer on the CPU, beside other implementations.
 
     python -m benchmarks layer --layer qwen3-30b --tokens 1 16 256 --output results.jsonl
     python -m benchmarks layer --layer deepseek-v3 --tokens 1 512 --contenders cpu emulation ggml
 
-Contenders run on the cores that this process may use (`taskset` limits them), one at a time, each
-in a process of its own. Weights are larger than the cache, and calls go round them. Before it is
-timed, a contender's result is compared with the emulation's; a larger difference than its
-arithmetic explains ends the run. A plain product of bfloat16 matrices (torch's, if it is installed)
-has its turns too: `product_gflop_s` is its median, `of_product` how much of that a contender does.
+Contenders run one at a time on the cores that this process may use (`taskset` limits them), each
+in its own process. Weights are larger than the cache, and calls cycle through them. Before timing,
+a contender's result is compared with the emulation's; the run ends if they differ by more than the
+arithmetic explains. A product of bfloat16 matrices (torch's, if it is installed) takes turns too:
+`product_gflop_s` is its median rate, and `of_product` a contender's rate divided by it.
 
-Memory: `peak_mb` is how much the first call raised the resident size of a process, other than the
-timed one, in which weights, tokens and compiled programs were already; `temp_mb` is what XLA plans.
+Memory: `peak_mb` is the amount by which the first call raised the resident size of a separate
+process that already had weights, tokens and compiled programs; `temp_mb` is the memory that XLA
+plans.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""The layers that are measured: their sizes, random weights, random tokens.
+"""The measured layers: sizes, random weights and random tokens.
 
-Everything is drawn from seeds, so that each contender's process makes the same data by itself.
+All data is drawn from fixed seeds, so that every contender's process makes the same data.
 """
 
 import dataclasses

@@ -1,17 +1,17 @@
-"""Loads one MoE layer of a checkpoint on disk: how long it takes, and how much memory at most.
+"""Measures the time and the peak memory of loading one MoE layer of a checkpoint from disk.
 
     python -m benchmarks loading --layer deepseek-v3 --output results.jsonl
     python -m benchmarks loading --layer qwen3-30b --directory /mnt/disk --runs 5
 
-Writes a checkpoint of random codes and valid scales in ModelOpt's format, which it removes at the
-end, and loads its layer in a fresh process each time, cold (the files dropped from the page cache)
-and warm. `stack` is the recipe that `load_experts` replaces: all tensors as NumPy arrays, stacked,
-then put on the device. Each figure is the median over processes, with the smallest and the largest
-beside it.
+It writes a temporary checkpoint of random codes and valid scales in ModelOpt's format, and loads
+its layer in a new process each time, cold (its files dropped from the page cache) and warm.
+`stack` is the usual recipe instead of `load_experts`: read all tensors as NumPy arrays, stack
+them, put them on the device. Each figure is the median over processes, with the smallest and the
+largest.
 
-Memory: `peak` is the process's highest resident size (VmHWM) less its resident size just before
-loading, in multiples of what is loaded; `read_gb` is what came from the disk and not from the page
-cache. The limit for `load_experts` is 1.2.
+Memory: `peak` is the process's highest resident size (VmHWM) minus its resident size just before
+loading, as a multiple of the loaded bytes; the limit for `load_experts` is 1.2. `read_gb` is what
+was read from the disk rather than the page cache.
 """
 
 import argparse

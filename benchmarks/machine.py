@@ -1,4 +1,4 @@
-"""The machine: what it is, and the fastest that it can read and multiply."""
+"""Describes the machine, and measures its peak read bandwidth and multiplication rate."""
 
 import importlib.metadata
 import importlib.util
@@ -17,7 +17,7 @@ SIZES = (2048, 4096)  # of the matrices whose product is timed
 
 
 def describe():
-    """The processor, and the versions of whatever takes part."""
+    """Returns the processor, and the versions of all packages involved."""
     import jax_nvfp4_moe
 
     return {

@@ -1,17 +1,17 @@
-"""Contenders taking turns, and what is made of their times."""
+"""Runs contenders in turns, and evaluates their times."""
 
 import time
 
 import numpy as np
 
-PAUSE = 0.02  # until the last one's threads no longer wait for work by spinning
+PAUSE = 0.02  # until the threads of the last contender stop spinning
 
 
 def turns(contenders, count, burst, seconds, advance):
-    """Each contender's times in seconds, by name.
+    """Returns each contender's times in seconds, by name.
 
-    In every turn each makes calls for `burst` seconds, in another order. Who has had `seconds` in
-    all, its first turn apart, is left out of the rest.
+    In every turn each contender makes calls for `burst` seconds, in a new order. A contender that
+    has computed for `seconds` takes no more turns.
     """
     rng = np.random.default_rng(0)
     times = {contender.name: [] for contender in contenders}

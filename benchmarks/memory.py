@@ -9,12 +9,12 @@ STATUS = Path("/proc/self/status")
 
 
 def status(name):
-    """A line of /proc/self/status, in bytes."""
+    """Returns a line of /proc/self/status, in bytes."""
     return int(STATUS.read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
 def peak_of(function):
-    """By how many bytes `function` raises the resident size at most."""
+    """Returns by how many bytes a function raises the resident size at its peak."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc's
         libc.malloc_trim(0)
@@ -26,7 +26,7 @@ def peak_of(function):
 
 @contextlib.contextmanager
 def returned_at_once():
-    """Processes started in here give memory back when it is freed, if glibc allocates it.
+    """Makes processes started in this context return freed memory at once, if they use glibc.
 
     Otherwise a call finds what an earlier one left, and seems to need none. It is slower: such
     processes are not timed.

@@ -1,4 +1,4 @@
-"""Draws what `python -m benchmarks layer` wrote: for each layer, its latency and its roofline.
+"""Plots the results of `python -m benchmarks layer`: each layer's latency and roofline.
 
     python -m benchmarks plot benchmarks/results/layer-*.jsonl --output benchmarks/results
 

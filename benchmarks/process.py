@@ -1,7 +1,7 @@
-"""Each contender in a process of its own: its threads, its allocator and its memory are its alone.
+"""Runs each contender in its own process, with its own threads, allocator and memory.
 
-A process has its weights all along and computes when it is told to, so that contenders take turns
-without one's idle threads or its leftovers in the heap being charged to another.
+A process keeps its weights and computes on request. So contenders can take turns, and no one's idle
+threads or heap affect another.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from benchmarks.contenders.base import Unavailable
 
 
 class Remote:
-    """An object in a process of its own, seen from outside.
+    """A proxy of an object in another process.
 
-    Making it is begun, not awaited: its first answer are its `traits()`.
+    The constructor does not wait for the object: the first answer has its `traits()`.
     """
 
     def __init__(self, name, make, *arguments):

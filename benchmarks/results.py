@@ -1,4 +1,4 @@
-"""Results: JSON lines, the first of which says what was run, on what."""
+"""Results as JSON lines; the first one has the command and the machine."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write(path, lines):
-    """All of them or none: whoever reads the file meanwhile reads the old one."""
+    """Writes the lines atomically."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(text)
@@ -27,7 +27,7 @@ def read(path):
 
 
 def add_output(parser):
-    """--output, whose folder has to exist before minutes are spent."""
+    """Adds --output; its folder must exist, which is checked before the run."""
 
     def path(text):
         return folder(Path(text).parent) / Path(text).name

@@ -1,4 +1,4 @@
-"""Results as a table on the terminal."""
+"""Shows results as a table on the terminal."""
 
 from rich.console import Console
 from rich.table import Table

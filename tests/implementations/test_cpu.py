@@ -93,7 +93,7 @@ def test_a_level_that_the_running_machine_lacks_is_an_error(monkeypatch, rng):
     if not lacking:
         pytest.skip("needs a CPU that lacks some level")
     monkeypatch.setattr(library, "cpu_levels", lambda: dict.fromkeys(LEVELS, True))
-    with pytest.raises(jax.errors.JaxRuntimeError, match=f"level '{lacking[0]}' is not there"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"level is '{lacking[0]}'; this library"):
         run(make_layer(Case(num_experts=3), rng), nvm.Cpu(lacking[0]))
 
 
