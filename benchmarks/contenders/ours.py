@@ -25,16 +25,11 @@ def random_experts(layer, scheme):
 
     static = scheme == "static"
     return nvm.ExpertWeights(
-        w13=matrix("w13", (layer.experts, 2)),
+        w13=matrix("w13", (layer.experts, 1)),
         w2=matrix("w2", (layer.experts,)),
         w13_input_scale=jnp.float32(layers.INPUT_SCALE) if static else None,
         w2_input_scale=jnp.float32(layers.HIDDEN_SCALE) if static else None,
-        w13_bias=None,
-        w2_bias=None,
-        hidden_size=layer.hidden,
-        intermediate_size=layer.intermediate,
         activation_scheme=scheme,
-        layout="linear",
     )
 
 
@@ -87,9 +82,8 @@ class Emulation(Ours):
         if reference == "layer":
             return self.function, self.weights
         if reference == "vllm":
-            return functools.partial(
-                self.function, implementation=nvm.Emulation("vllm")
-            ), self.weights
+            vllm = nvm.Emulation(numerics="vllm")
+            return functools.partial(nvm.nvfp4_moe_routed, implementation=vllm), self.weights
         unquantised = [
             dataclasses.replace(
                 experts, activation_scheme="none", w13_input_scale=None, w2_input_scale=None
