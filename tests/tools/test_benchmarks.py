@@ -302,7 +302,7 @@ def test_the_product_takes_turns(monkeypatch):
     monkeypatch.setattr(machine, "SIZES", (64, 128))
     product = machine.MatrixProduct()
     assert product.traits() == {"flops": 2 * 128**3}
-    times = product.burst(0.01)
+    times = product.burst(0.5)
     assert len(times) > 1 and min(times) > 0
 
 
