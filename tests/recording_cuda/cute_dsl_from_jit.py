@@ -164,16 +164,16 @@ def check(case: Case, tactics: tuple[Tactic, ...], arguments: tuple | None = Non
 
     program = jax.jit(layers)
     arguments = arguments or case.arguments()
-    functions = [name for tactic in tactics for name in functions(tactic).functions]
+    names = [name for tactic in tactics for name in functions(tactic).names]
 
     first = run(program, arguments)
     steps = first.steps
     loads = [index for index, step in enumerate(steps) if step == "module_load"]
-    assert len(loads) == len(first.recording.module_loads) == len(set(functions) - loaded), case
-    loaded.update(functions)
+    assert len(loads) == len(first.recording.module_loads) == len(set(names) - loaded), case
+    loaded.update(names)
     assert all(steps[index - 1] == "capture_begin" for index in loads), steps
     assert {load.status for load in first.recording.module_loads} <= {0}, case
-    assert [step for step in steps if step != "module_load"] == FIRST * len(functions), steps
+    assert [step for step in steps if step != "module_load"] == FIRST * len(names), steps
     modes = {e["mode"] for e in first.recording.entries if e["call"] == "capture_begin"}
     assert modes == {2}, modes  # cudaStreamCaptureModeRelaxed, in which kernels may be loaded
     launches, calls = first.recording.launches, first.calls[0]
@@ -184,7 +184,7 @@ def check(case: Case, tactics: tuple[Tactic, ...], arguments: tuple | None = Non
     assert {launch.stream for launch in launches[1::2]} == {STREAM}
 
     again = run(program, arguments)
-    assert again.steps == ["launch"] * len(functions), again.steps
+    assert again.steps == ["launch"] * len(names), again.steps
     assert {launch.stream for launch in again.recording.launches} == {STREAM}
     check_launches(again.recording.launches, again.calls[0], case, tactics)
 

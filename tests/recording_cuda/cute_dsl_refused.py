@@ -45,7 +45,7 @@ def second(**changes: Any) -> dict[str, Any]:
 
 def check_arguments() -> None:
     """What does not fit is refused before anything is launched."""
-    function = functions(Tactic()).functions[1]
+    function = functions(Tactic()).names[1]
     f32, i32, f8 = jnp.float32, jnp.int32, jnp.float8_e4m3fn
     present_host_as(CUDA, STREAM)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
 
 import jax_nvfp4_moe as nvm
-from jax_nvfp4_moe import devices
+from jax_nvfp4_moe import devices, moe
 from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.bridge import manifest as built
 from jax_nvfp4_moe.implementations.trtllm import call as _trtllm_call
@@ -34,6 +34,8 @@ from .cases import Case, Routed, routers
 from .fp4_moe import FROM_LOGITS, PACKED, family, miswired
 from .launches import Launch
 from .xla_flags import DEVICES
+
+IN_KERNEL = nvm.Trtllm(route_in_kernel=True)
 
 
 def b200() -> use_abstract_mesh:
@@ -76,7 +78,7 @@ def check_routers() -> None:
                     one.routing,
                     selection_bias=bias,
                     activation=one.activation,
-                    implementation=nvm.Trtllm(route_in_kernel=True),
+                    implementation=IN_KERNEL,
                 )
 
             y = jax.block_until_ready(jax.jit(run)(x, logits, bias, experts))
@@ -97,7 +99,7 @@ def check_a_router_that_is_not_there() -> None:
     logits = jnp.zeros((one.tokens, one.experts))
 
     def run(x, logits, experts):
-        return nvm.nvfp4_moe(x, logits, experts, one.routing, implementation=ROUTING)
+        return nvm.nvfp4_moe(x, logits, experts, one.routing, implementation=IN_KERNEL)
 
     with Buffers() as buffers, b200():
         Host(buffers)
@@ -233,7 +235,7 @@ def check_other_images() -> None:
 
 def main() -> None:
     # The branch for CUDA, on this platform.
-    trtllm.lax = SimpleNamespace(
+    moe.lax = SimpleNamespace(
         platform_dependent=lambda *arguments, cuda, default: cuda(*arguments)
     )
     folder = tempfile.mkdtemp()

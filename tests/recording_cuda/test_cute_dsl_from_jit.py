@@ -6,6 +6,8 @@ from jax_nvfp4_moe.bridge import cute_dsl, library
 
 from . import manifest, processes
 
+pytestmark = pytest.mark.flashinfer
+
 
 @pytest.fixture(scope="module")
 def built():

@@ -6,8 +6,12 @@ from jax_nvfp4_moe.bridge import library
 
 from . import manifest, processes
 
+VERSIONS = [
+    pytest.param(version, marks=pytest.mark.flashinfer) for version in ("0.6.13", "0.7.2.post1")
+]
 
-@pytest.fixture(scope="module", params=["0.6.13", "0.7.2.post1"])
+
+@pytest.fixture(scope="module", params=VERSIONS)
 def cache(request):
     """Where FlashInfer's build is kept."""
     if (reason := library.unavailable()) is not None:

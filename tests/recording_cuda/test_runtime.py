@@ -17,7 +17,12 @@ from .launches import own_name
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=["0.6.13", "0.7.2.post1"])
+VERSIONS = [
+    pytest.param(version, marks=pytest.mark.flashinfer) for version in ("0.6.13", "0.7.2.post1")
+]
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
 def cache(request):
     """Where FlashInfer's build is kept."""
     cache = manifest.default_cache(request.param)
@@ -72,7 +77,7 @@ def test_check(cache, check):
     assert done.stdout.endswith("done\n")
 
 
-@pytest.mark.parametrize("cache", ["0.7.2.post1"], indirect=True)
+@pytest.mark.parametrize("cache", VERSIONS[1:], indirect=True)
 def test_a_tile_without_kernels_here(cache):
     done = run(cache, "absent_tile")
     assert done.returncode == 0, done.stderr
