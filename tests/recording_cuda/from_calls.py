@@ -235,9 +235,7 @@ def check_other_images() -> None:
 
 def main() -> None:
     # The branch for CUDA, on this platform.
-    moe.lax = SimpleNamespace(
-        platform_dependent=lambda *arguments, cuda, default: cuda(*arguments)
-    )
+    moe.lax = SimpleNamespace(platform_dependent=lambda *arguments, cuda, default: cuda(*arguments))
     folder = tempfile.mkdtemp()
     os.environ[built.CACHE_VARIABLE] = folder
     try:
