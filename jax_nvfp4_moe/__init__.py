@@ -10,6 +10,7 @@ from jax_nvfp4_moe.checkpoint import CheckpointError as CheckpointError
 from jax_nvfp4_moe.checkpoint import load_checkpoint as load_checkpoint
 from jax_nvfp4_moe.checkpoint import load_experts as load_experts
 from jax_nvfp4_moe.checkpoint import save_checkpoint as save_checkpoint
+from jax_nvfp4_moe.config import MoeConfig as MoeConfig
 from jax_nvfp4_moe.experts import ExpertWeights as ExpertWeights
 from jax_nvfp4_moe.exporting import EXPORT_CHECKS as EXPORT_CHECKS
 from jax_nvfp4_moe.format import dequantize as dequantize
@@ -25,13 +26,13 @@ from jax_nvfp4_moe.implementations.triton import Triton as Triton
 from jax_nvfp4_moe.implementations.trtllm import Trtllm as Trtllm
 from jax_nvfp4_moe.layer import Mlp as Mlp
 from jax_nvfp4_moe.layer import MoeLayer as MoeLayer
-from jax_nvfp4_moe.layer import Router as Router
 from jax_nvfp4_moe.moe import nvfp4_moe as nvfp4_moe
 from jax_nvfp4_moe.moe import nvfp4_moe_routed as nvfp4_moe_routed
 from jax_nvfp4_moe.nvfp4_array import Nvfp4Array as Nvfp4Array
 from jax_nvfp4_moe.quantization import SharedScales as SharedScales
 from jax_nvfp4_moe.quantization import quantize_experts as quantize_experts
 from jax_nvfp4_moe.quantization import share_scales as share_scales
+from jax_nvfp4_moe.router import Router as Router
 from jax_nvfp4_moe.routing import Routing as Routing
 from jax_nvfp4_moe.routing import route as route
 from jax_nvfp4_moe.selection import Report as Report

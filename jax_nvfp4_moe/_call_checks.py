@@ -37,6 +37,15 @@ def check_float(name: str, array: Array) -> None:
         )
 
 
+def check_static_tokens(name: str, x: Array) -> None:
+    """Refuses a symbolic number of tokens, as `jax.export` can have."""
+    if not all(isinstance(size, int) for size in x.shape[:-1]):
+        raise ValueError(
+            f"{name} has shape {x.shape}, expected a T that is known while tracing, as it decides "
+            "how to compute: jax.export the call for each T, or for a few and pad to those"
+        )
+
+
 def check_tokens(x: Array, experts: ExpertWeights) -> None:
     """Checks that x is [T, H]."""
     check_float("x", x)
@@ -48,11 +57,7 @@ def check_tokens(x: Array, experts: ExpertWeights) -> None:
         elif x.shape == (hidden,):
             hint = ": for one token pass x[None]"
         raise ValueError(f"x has shape {x.shape}, expected [T, {hidden}]{hint}")
-    if not isinstance(x.shape[0], int):
-        raise ValueError(
-            f"x has shape {x.shape}, expected a T that is known while tracing, as it decides how "
-            "to compute: jax.export the call for each T, or for a few and pad to those"
-        )
+    check_static_tokens("x", x)
     if x.shape[1] != hidden:
         hint = ""
         if x.shape[1] == experts.intermediate_size:

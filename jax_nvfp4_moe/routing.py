@@ -194,7 +194,7 @@ def check_routable(logits: Array, routing: Routing, selection_bias: Array | None
         raise TypeError(f"routing is {described(routing)}, expected Routing(method, top_k, ...)")
     _check_logits(logits, routing)
     if selection_bias is not None:
-        _check_bias(selection_bias, routing, logits.shape[1])
+        check_selection_bias(selection_bias, routing, logits.shape[1])
 
 
 def check_fits(routing: Routing, experts: int, of: str) -> None:
@@ -227,6 +227,21 @@ def check_fits(routing: Routing, experts: int, of: str) -> None:
         raise ValueError(
             f"routing.top_k is {k}, but topk_group = {routing.topk_group} groups of {size} experts "
             f"hold {routing.topk_group * size}: topk_group={-(-k // size)} would do"
+        )
+
+
+def check_selection_bias(bias: Array, routing: Routing, experts: int) -> None:
+    """Refuses a selection bias, or the shape of one, that does not fit the routing method or E."""
+    if not _METHODS[routing.method].biased:
+        raise ValueError(
+            f"selection_bias is given, but only {_BIASED} take one, not method "
+            f"{routing.method!r}: a router's additive bias belongs in the logits, logits + bias"
+        )
+    _check_dtype("selection_bias", bias)
+    if bias.shape != (experts,):
+        raise ValueError(
+            f"selection_bias has shape {bias.shape}, expected ({experts},): one value for each of "
+            "E experts"
         )
 
 
@@ -279,17 +294,3 @@ def _check_logits(logits: Array, routing: Routing) -> None:
             f"logits has shape {logits.shape}, expected [T, E]: a 2-D array of router logits{fold}"
         )
     check_fits(routing, logits.shape[1], f"logits {logits.shape}")
-
-
-def _check_bias(bias: Array, routing: Routing, experts: int) -> None:
-    if not _METHODS[routing.method].biased:
-        raise ValueError(
-            f"selection_bias is given, but only {_BIASED} take one, not method "
-            f"{routing.method!r}: a router's additive bias belongs in the logits, logits + bias"
-        )
-    _check_dtype("selection_bias", bias)
-    if bias.shape != (experts,):
-        raise ValueError(
-            f"selection_bias has shape {bias.shape}, expected ({experts},): one value for each of "
-            "E experts"
-        )

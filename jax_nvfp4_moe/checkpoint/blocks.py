@@ -23,8 +23,9 @@ from jax_nvfp4_moe.checkpoint.scheme import MODELOPT
 from jax_nvfp4_moe.checkpoint.source import LayerTensors, Source
 from jax_nvfp4_moe.checkpoint.values import read_biases, read_matrix, read_scalars, read_stack
 from jax_nvfp4_moe.experts import ActivationScheme, ExpertWeights, check_experts
-from jax_nvfp4_moe.layer import Mlp, MoeLayer, Router
+from jax_nvfp4_moe.layer import Mlp, MoeLayer
 from jax_nvfp4_moe.nvfp4_array import Nvfp4Array
+from jax_nvfp4_moe.router import Router
 
 
 class ExpertsPlan:

@@ -1,103 +1,84 @@
 """What the NNX and the Linen layer share: constructors, names of variables, checks, the call.
 
-Both keep a `MoeLayer`: its arrays as variables of theirs, named by their path in it, such as
-("experts", "w13", "data"), and everything else as static configuration.
+Both keep a `MoeLayer`. Its arrays are variables, named by their path in it, such as
+("experts", "w13", "data"); everything else is static configuration.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Collection
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Float32
 
 from jax_nvfp4_moe import parallel
 from jax_nvfp4_moe._messages import as_array
 from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ActivationScheme, ExpertWeights
-from jax_nvfp4_moe.layer import MoeLayer, Router
+from jax_nvfp4_moe.implementations.base import Implementation
+from jax_nvfp4_moe.layer import Mlp, MoeLayer
+from jax_nvfp4_moe.options import LayerOptions, check_options
 from jax_nvfp4_moe.quantization import quantize_experts
+from jax_nvfp4_moe.router import Router
 
-Path = tuple[str, ...]
-
-
-def path_of(keys: Any) -> Path:
-    """A leaf's path in a `MoeLayer` as names."""
-    return tuple(key.name for key in keys)
+LeafPath = tuple[str, ...]
 
 
-def is_frozen(layer: MoeLayer, path: Path) -> bool:
-    """Whether an optimiser must leave a leaf alone.
+class ModuleOptions(TypedDict, total=False):
+    """The options of every constructor, which the attributes of `Nvfp4MoE` describe."""
 
-    What is in NVFP4, and the selection bias: no gradient reaches it, but weight decay would.
-    """
-    quantised = isinstance(getattr(layer, path[0]), ExpertWeights)
-    return quantised or path[-1] == "selection_bias"
-
-
-def axis_names(path: Path, leaf: Any, expert_axis: str | None) -> tuple[str | None, ...] | None:
-    """The names of a leaf's axes in sharding metadata; None if it has none to split."""
-    if expert_axis is None or path[0] != "experts" or not leaf.ndim:
-        return None
-    return (expert_axis, *[None] * (leaf.ndim - 1))
+    implementation: str | Implementation | None
+    mesh: Mesh | None
+    expert_axis: str | None
+    data_axis: str | None
+    name: str | None  # Linen only
 
 
-def placed(leaf: Any, mesh: Mesh | None, names: tuple[str | None, ...]) -> Any:
-    """A leaf where its names say; the leaf itself without a mesh, or if it is only a shape."""
-    if mesh is None or isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    return jax.device_put(leaf, NamedSharding(mesh, P(*names)))
+class LayerFields(TypedDict, total=False):
+    """The optional fields of a `MoeLayer`, which describes them."""
+
+    shared: Mlp | ExpertWeights | None
+    shared_gate: Float[Array, "1 H"] | None
+    to_latent: Float[Array, "L H"] | None
+    from_latent: Float[Array, "H L"] | None
+    router_weight_on_input: bool
 
 
-def call(
-    layer: MoeLayer,
-    x: Float[Array, "*batch H"],
-    router_input: Float[Array, "*batch H"] | None,
-    *,
-    mesh: Mesh | None,
-    expert_axis: str | None,
-    data_axis: str | None,
-    axis_name: str | None,
-    **options: Any,
-) -> Float[Array, "*batch H"]:
-    """`layer(x)`, over the mesh if there is one.
+class QuantizeOptions(TypedDict, total=False):
+    """The options of `quantize_experts`, which describes them."""
 
-    Raises:
-        TypeError, ValueError: as `MoeLayer`; or both a mesh and an axis name were given, or the
-            mesh does not divide x.
-    """
-    x = as_array("x", x)
-    if mesh is None:
-        return layer(x, router_input=router_input, axis_name=axis_name, **options)
-    if axis_name is not None:
-        raise ValueError(f"axis_name is {axis_name!r}, but the layer has a mesh: expected one")
-    if data_axis is not None and (x.ndim < 2 or x.shape[0] % mesh.shape[data_axis]):
-        raise ValueError(
-            f"x has shape {x.shape}, but its first axis is split over data_axis {data_axis!r}: "
-            f"expected a multiple of {mesh.shape[data_axis]}"
-        )
-
-    def run(layer: MoeLayer, x: Array, router_input: Array | None) -> Array:
-        return layer(x, router_input=router_input, axis_name=expert_axis, **options)
-
-    specs = dataclasses.replace(
-        jax.tree.map(lambda _: P(), layer),
-        experts=parallel.partition_specs(layer.experts, str(expert_axis)),
-    )
-    tokens = P(data_axis)
-    # Meshes of explicit axes want inputs to be there already.
-    x, router_input = jax.device_put((x, router_input), NamedSharding(mesh, tokens))
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=(specs, tokens, tokens), out_specs=tokens)
-    return mapped(layer, x, router_input)
+    w13_input_scale: Float32[ArrayLike, "..."] | float | None
+    w2_input_scale: Float32[ArrayLike, "..."] | float | None
+    activation_scheme: ActivationScheme | None
+    gate_bias: Float[ArrayLike, "E I"] | None
+    up_bias: Float[ArrayLike, "E I"] | None
+    down_bias: Float[ArrayLike, "E H"] | None
+    separate_scales: bool
 
 
-class FromWeights:
-    """The constructors that both layers have beside `from_layer`."""
+class FromExpertsOptions(LayerFields, ModuleOptions, total=False):
+    """The options of `from_experts`."""
+
+
+class FromBf16Options(QuantizeOptions, FromExpertsOptions, total=False):
+    """The options of `from_bf16`."""
+
+
+class Nvfp4MoEBase:
+    """Constructors, checks and the call of both layers."""
+
+    implementation: str | Implementation | None
+    mesh: Mesh | None
+    expert_axis: str | None
+    data_axis: str | None
+
+    _module_options: ClassVar[frozenset[str]]  # of a subclass's constructors
 
     @classmethod
-    def from_layer(cls, layer: MoeLayer, **options: Any) -> Any:
-        """Takes a whole layer: what a subclass has to define."""
+    def from_layer(cls, layer: MoeLayer, **options: Unpack[ModuleOptions]) -> Any:
+        """Takes a whole layer; a subclass defines it."""
         raise NotImplementedError
 
     @classmethod
@@ -107,25 +88,23 @@ class FromWeights:
         router: Router,
         *,
         activation: str | Activation = "silu",
-        **options: Any,
+        **options: Unpack[FromExpertsOptions],
     ) -> Any:
-        """Takes the parts of a `MoeLayer`.
+        """Returns what `from_layer` does, for the parts of a `MoeLayer`.
 
         Args:
-            experts: in any layout.
-            router: its weights, and how to route.
+            experts: the routed experts, in any layout.
+            router: its weights and its routing method.
             activation: of the routed experts and of the shared one.
-            **options: the other fields of `MoeLayer`, such as `shared` and `shared_gate`, and
-                those of `from_layer`.
-
-        Returns:
-            What `from_layer` does.
+            **options: the other fields of `MoeLayer`, such as `shared` and `shared_gate`, and the
+                options of `from_layer`.
 
         Raises:
             TypeError, ValueError: as `from_layer`.
         """
-        names = {field.name for field in dataclasses.fields(MoeLayer)} & set(options)
-        fields = {name: options.pop(name) for name in names}
+        expected = LayerFields.__optional_keys__ | cls._module_options
+        check_options(f"{cls.__name__}.from_experts", options, {"activation", *expected})
+        fields = _take(options, LayerFields.__optional_keys__)
         layer = MoeLayer(router, experts, Activation.of(activation), **fields)
         return cls.from_layer(layer, **options)
 
@@ -137,54 +116,122 @@ class FromWeights:
         down: Float[ArrayLike, "E H I"],
         router: Router,
         *,
-        activation_scheme: ActivationScheme | None = None,
-        w13_input_scale: Float[ArrayLike, "..."] | float | None = None,
-        w2_input_scale: Float[ArrayLike, "..."] | float | None = None,
-        **options: Any,
+        activation: str | Activation = "silu",
+        **options: Unpack[FromBf16Options],
     ) -> Any:
-        """Quantises experts and takes them; works under `jax.jit` and `jax.eval_shape` too.
+        """Quantises experts and returns what `from_experts` does.
+
+        Works under `jax.jit` and `jax.eval_shape` too.
 
         Args:
-            gate: as in `quantize_experts`, as are the others up to `w2_input_scale`.
+            gate: [E, I, H], or None for experts that are not gated, as in `quantize_experts`.
             up: [E, I, H].
             down: [E, H, I].
-            router: its weights, and how to route.
-            activation_scheme: how activations are quantised.
-            w13_input_scale: calibrated scale of the layer's input.
-            w2_input_scale: calibrated scale of the activation's output.
-            **options: those of `from_experts`.
-
-        Returns:
-            What `from_layer` does.
+            router: its weights and its routing method.
+            activation: of the routed experts and of the shared one.
+            **options: those of `quantize_experts`, such as `activation_scheme`, and of
+                `from_experts`.
 
         Raises:
             TypeError, ValueError: as `quantize_experts` and `from_layer`.
         """
-        experts = quantize_experts(
-            gate, up, down, w13_input_scale, w2_input_scale, activation_scheme=activation_scheme
+        quantize_options = QuantizeOptions.__optional_keys__
+        expected = quantize_options | LayerFields.__optional_keys__ | cls._module_options
+        check_options(f"{cls.__name__}.from_bf16", options, {"activation", *expected})
+        experts = quantize_experts(gate, up, down, **_take(options, quantize_options))
+        return cls.from_experts(experts, router, activation=activation, **options)  # type: ignore[misc]
+
+    def _check_mesh(self, num_experts: int) -> None:
+        """Checks that the mesh can split the experts.
+
+        Raises:
+            ValueError: the mesh lacks an axis, or does not divide the experts.
+        """
+        if self.mesh is None:
+            if self.data_axis is not None:
+                raise ValueError(
+                    f"data_axis is {self.data_axis!r}, but mesh is None: expected both"
+                )
+            return
+        if self.expert_axis is None:
+            raise ValueError("expert_axis is None, but mesh was given: name the axis to split over")
+        if self.data_axis is not None:
+            parallel.check_axis(self.mesh, self.data_axis, "data_axis")
+        parallel.check_split(self.mesh, self.expert_axis, "expert_axis", "experts", num_experts)
+
+    def _run(
+        self,
+        layer: MoeLayer,
+        x: Float[Array, "*batch H"],
+        router_input: Float[Array, "*batch H"] | None,
+        options: LayerOptions,
+    ) -> Float[Array, "*batch H"]:
+        """Returns `layer(x)`, computed over the mesh if there is one.
+
+        Raises:
+            TypeError, ValueError: as `MoeLayer`; or there are both a mesh and an axis name, or the
+                mesh does not divide x.
+        """
+        name = f"{type(self).__name__}.__call__"
+        check_options(name, options, {"router_input", *LayerOptions.__optional_keys__})
+        options.setdefault("implementation", self.implementation)
+        mesh, data_axis = self.mesh, self.data_axis
+        if mesh is None:
+            return layer(x, router_input=router_input, **options)
+        axis_name = options.get("axis_name")
+        if axis_name is not None:
+            raise ValueError(f"axis_name is {axis_name!r}, but the layer has a mesh: expected one")
+        options["axis_name"] = self.expert_axis
+        x = as_array("x", x)
+        if data_axis is not None and (x.ndim < 2 or x.shape[0] % mesh.shape[data_axis]):
+            raise ValueError(
+                f"x has shape {x.shape}, but its first axis is split over data_axis "
+                f"{data_axis!r}: expected a multiple of {mesh.shape[data_axis]}"
+            )
+
+        def run(layer: MoeLayer, x: Array, router_input: Array | None) -> Array:
+            return layer(x, router_input=router_input, **options)
+
+        specs = dataclasses.replace(
+            jax.tree.map(lambda _: P(), layer),
+            experts=parallel.partition_specs(layer.experts, str(self.expert_axis)),
         )
-        return cls.from_experts(experts, router, **options)
+        tokens = P(data_axis)
+        # Meshes of explicit axes expect their inputs to be placed already.
+        x, router_input = jax.device_put((x, router_input), NamedSharding(mesh, tokens))
+        mapped = jax.shard_map(run, mesh=mesh, in_specs=(specs, tokens, tokens), out_specs=tokens)
+        return mapped(layer, x, router_input)
 
 
-def check_mesh(
-    mesh: Mesh | None, expert_axis: str | None, data_axis: str | None, size: int
-) -> None:
-    """Checks where experts are to be split; `size` is how many there are.
+def _take(options: Any, names: Collection[str]) -> dict[str, Any]:
+    """Removes the options with these names and returns them."""
+    return {name: options.pop(name) for name in names if name in options}
 
-    Raises:
-        ValueError: the mesh lacks an axis, or does not divide the experts.
+
+def path_of(keys: Any) -> LeafPath:
+    """Returns a leaf's path in a `MoeLayer`, as names."""
+    return tuple(key.name for key in keys)
+
+
+def is_frozen(layer: MoeLayer, path: LeafPath) -> bool:
+    """Returns whether an optimiser must leave a leaf alone.
+
+    That is everything in NVFP4, and the selection bias, which gets no gradient but would be changed
+    by weight decay.
     """
-    if mesh is None:
-        if data_axis is not None:
-            raise ValueError(f"data_axis is {data_axis!r}, but mesh is None: expected both")
-        return
-    if expert_axis is None:
-        raise ValueError("expert_axis is None, but mesh was given: name the axis to split over")
-    for name, axis in (("expert_axis", expert_axis), ("data_axis", data_axis)):
-        if axis is not None and axis not in mesh.shape:
-            raise ValueError(f"{name} is {axis!r}, but the mesh has axes {tuple(mesh.shape)}")
-    if size % mesh.shape[expert_axis]:
-        raise ValueError(
-            f"expert_axis {expert_axis!r} has {mesh.shape[expert_axis]} devices, which do not "
-            f"divide {size} experts"
-        )
+    quantised = isinstance(getattr(layer, path[0]), ExpertWeights)
+    return quantised or path[-1] == "selection_bias"
+
+
+def axis_names(path: LeafPath, leaf: Any, expert_axis: str | None) -> tuple[str | None, ...] | None:
+    """Returns the names of a leaf's axes in sharding metadata; None if it is not to be split."""
+    if expert_axis is None or path[0] != "experts" or not leaf.ndim:
+        return None
+    return (expert_axis, *[None] * (leaf.ndim - 1))
+
+
+def put(leaf: Any, mesh: Mesh | None, names: tuple[str | None, ...]) -> Any:
+    """Returns a leaf placed on the mesh; without a mesh, and for a bare shape, the leaf itself."""
+    if mesh is None or isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    return jax.device_put(leaf, NamedSharding(mesh, P(*names)))

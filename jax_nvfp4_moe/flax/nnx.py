@@ -1,20 +1,18 @@
 """The layer for Flax NNX."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jax_nvfp4_moe.activations import Activation
-from jax_nvfp4_moe.experts import ActivationScheme
+from jax_nvfp4_moe._messages import described
+from jax_nvfp4_moe.config import MoeConfig
 from jax_nvfp4_moe.flax import _common
-from jax_nvfp4_moe.flax._initial import initial_layer
 from jax_nvfp4_moe.implementations.base import Implementation
 from jax_nvfp4_moe.layer import MoeLayer, check_layer
-from jax_nvfp4_moe.routing import Routing
+from jax_nvfp4_moe.options import LayerOptions, check_options
 
 try:
     from flax import nnx
@@ -25,38 +23,30 @@ except ImportError as error:
 
 
 class Frozen(nnx.Variable):
-    """What `nnx.Param` is not: NVFP4 weights with their scales, and the selection bias."""
+    """A variable that optimisers leave alone: NVFP4 weights, their scales, the selection bias."""
 
 
-class Nvfp4MoE(_common.FromWeights, nnx.Module):
+class Nvfp4MoE(_common.Nvfp4MoEBase, nnx.Module):
     """A mixture-of-experts block with NVFP4 experts.
 
-    The residual is the caller's: ``x = x + moe(norm(x))``. The output has the shape and dtype of x.
+    It adds no residual: ``x = x + moe(norm(x))``. Its output has the shape and dtype of x.
 
     The attributes are those of a `MoeLayer`, with variables for arrays: `router.weight`,
-    `experts.w13.data` and so on. Router and unquantised shared expert are `nnx.Param`; what is in
-    NVFP4 is `Frozen`, which `nnx.grad` and optimisers that ask for `nnx.Param` leave alone.
+    `experts.w13.data` and so on. The router and an unquantised shared expert are `nnx.Param`.
+    Everything in NVFP4 is `Frozen`, as is the selection bias, so that `nnx.grad` and optimisers
+    that ask for `nnx.Param` leave it alone.
 
-    With `expert_axis`, the arrays of the experts carry it as sharding metadata, which
-    `nnx.get_partition_spec` and `nnx.get_named_sharding` read. With `mesh`, they are placed when
-    the layer is made, and calls run on every device's own experts (see `parallel`).
+    With `expert_axis`, the arrays of the experts carry sharding metadata, which
+    `nnx.get_partition_spec` and `nnx.get_named_sharding` read. With `mesh` too, the constructor
+    places them, and each device computes its own experts, as in `parallel`.
     """
+
+    _module_options = _common.ModuleOptions.__optional_keys__ - {"name"}
 
     def __init__(
         self,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
-        routing: Routing,
+        config: MoeConfig | None = None,
         *,
-        activation: str | Activation = "silu",
-        activation_scheme: ActivationScheme = "per_token",
-        shared_intermediate_size: int | None = None,
-        shared_gate: bool = False,
-        router_bias: bool = False,
-        selection_bias: bool = False,
-        router_weight_on_input: bool = False,
-        param_dtype: Any = jnp.bfloat16,
         implementation: str | Implementation | None = None,
         mesh: Mesh | None = None,
         expert_axis: str | None = None,
@@ -64,53 +54,37 @@ class Nvfp4MoE(_common.FromWeights, nnx.Module):
         rngs: nnx.Rngs | None = None,
         layer: MoeLayer | None = None,
     ) -> None:
-        """Random weights, quantised; `from_layer`, `from_experts` and `from_bf16` take others.
+        """Makes a layer with random weights; `from_layer` and its like make one from weights.
 
         Args:
-            hidden_size: H, a multiple of 16.
-            intermediate_size: I of each expert, likewise.
-            num_experts: E.
-            routing: how logits become experts and weights.
-            activation: as in `nvfp4_moe`. One that is not gated makes experts without gates.
-            activation_scheme: how activations are quantised. "static" starts with scales of 1.
-            shared_intermediate_size: I of the shared expert, which is not quantised; None for none.
-            shared_gate: whether the shared expert is weighed, by the sigmoid of a projection.
-            router_bias: whether the router's logits have a bias.
-            selection_bias: whether there is a bias for the selection alone (DeepSeek-V3).
-            router_weight_on_input: as in `nvfp4_moe`.
-            param_dtype: of router and shared expert, and of the experts before they are quantised.
-            implementation: as in `nvfp4_moe`; an attribute that may be set later.
+            config: sizes and options. The layer does not keep it.
+            implementation: as in `nvfp4_moe_routed`; an attribute that may be set later.
             mesh: the devices to split experts over.
-            expert_axis: the axis to split them over: of the mesh, or without one any name that
-                Flax's axis rules know.
+            expert_axis: the mesh axis to split experts over; without a mesh, any name that Flax's
+                axis rules know.
             data_axis: the mesh axis that the first axis of x is split over, or None.
             rngs: for the random weights, stream `params`.
-            layer: weights to take instead; `from_layer` is the way to pass them.
+            layer: weights instead of `config` and `rngs`, for `from_layer`, which checks them.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, or does not fit the others.
         """
-        _common.check_mesh(mesh, expert_axis, data_axis, num_experts)
-        if layer is None:
-            if rngs is None:
-                raise ValueError("rngs is None, expected nnx.Rngs for the random weights")
-            layer = initial_layer(
-                rngs.params(),
-                hidden_size,
-                intermediate_size,
-                num_experts,
-                routing,
-                activation=activation,
-                activation_scheme=activation_scheme,
-                shared_intermediate_size=shared_intermediate_size,
-                shared_gate=shared_gate,
-                router_bias=router_bias,
-                selection_bias=selection_bias,
-                router_weight_on_input=router_weight_on_input,
-                param_dtype=param_dtype,
-            )
         self.implementation = implementation
         self.mesh, self.expert_axis, self.data_axis = mesh, expert_axis, data_axis
+        if layer is not None:
+            if config is not None or rngs is not None:
+                raise ValueError("layer was given, expected config and rngs to be None")
+            self._check_mesh(layer.experts.num_experts)
+        else:
+            if not isinstance(config, MoeConfig):
+                raise TypeError(
+                    f"config is {described(config)}, expected "
+                    "MoeConfig(hidden_size, intermediate_size, num_experts, routing)"
+                )
+            self._check_mesh(config.num_experts)
+            if rngs is None:
+                raise ValueError("rngs is None, expected nnx.Rngs for the random weights")
+            layer = config.init(rngs.params())
         variables = jax.tree.map_with_path(
             lambda keys, leaf: self._variable(layer, _common.path_of(keys), leaf), layer
         )
@@ -119,23 +93,19 @@ class Nvfp4MoE(_common.FromWeights, nnx.Module):
             setattr(self, name, nnx.data(part) if arrays else part)
 
     @classmethod
-    def from_layer(cls, layer: MoeLayer, **options: Any) -> Self:
-        """A layer with these weights, such as one of a checkpoint's.
+    def from_layer(cls, layer: MoeLayer, **options: Unpack[_common.ModuleOptions]) -> Self:
+        """Returns a layer with these weights, such as one of a checkpoint's.
 
         Args:
             layer: with arrays, or with `jax.ShapeDtypeStruct`s to restore a checkpoint into.
             **options: `implementation`, `mesh`, `expert_axis`, `data_axis`.
 
-        Returns:
-            The NNX layer.
-
         Raises:
             TypeError, ValueError: the parts of the layer do not fit each other or the mesh.
         """
+        check_options(f"{cls.__name__}.from_layer", options, cls._module_options)
         check_layer(layer)
-        sizes = layer.experts.hidden_size, layer.experts.intermediate_size
-        routing = layer.router.routing
-        return cls(*sizes, layer.experts.num_experts, routing, layer=layer, **options)
+        return cls(layer=layer, **options)  # type: ignore[misc]
 
     @property
     def layer(self) -> MoeLayer:
@@ -147,45 +117,32 @@ class Nvfp4MoE(_common.FromWeights, nnx.Module):
         self,
         x: Float[Array, "*batch H"],
         router_input: Float[Array, "*batch H"] | None = None,
-        *,
-        output_dtype: Any = None,
-        axis_name: str | None = None,
+        **options: Unpack[LayerOptions],
     ) -> Float[Array, "*batch H"]:
-        """The block's output, without a residual.
+        """Returns the block's output, without a residual.
 
         Differentiable with respect to x and the `nnx.Param`s.
 
         Args:
             x: tokens: bfloat16, float16 or float32.
-            router_input: what the router sees, if not x.
-            output_dtype: None means x's.
-            axis_name: as in `nvfp4_moe_routed`: for calls inside a `jax.shard_map` of the caller's.
+            router_input: the router's input, if not x.
+            **options: see `LayerOptions`; `implementation` replaces that of the layer.
 
         Returns:
-            The shape of x, of `output_dtype`.
+            An array of x's shape, and of x's dtype unless `output_dtype` is given.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: as `nvfp4_moe_routed`.
+            TypeError, ValueError, NotImplementedError: as `MoeLayer.__call__`.
         """
-        return _common.call(
-            self.layer,
-            x,
-            router_input,
-            mesh=self.mesh,
-            expert_axis=self.expert_axis,
-            data_axis=self.data_axis,
-            axis_name=axis_name,
-            implementation=self.implementation,
-            output_dtype=output_dtype,
-        )
+        return self._run(self.layer, x, router_input, options)
 
-    def _variable(self, layer: MoeLayer, path: _common.Path, leaf: Any) -> nnx.Variable:
+    def _variable(self, layer: MoeLayer, path: _common.LeafPath, leaf: Any) -> nnx.Variable:
         names = _common.axis_names(path, leaf, self.expert_axis)
         if names is None:
             return Frozen(leaf) if _common.is_frozen(layer, path) else nnx.Param(leaf)
         metadata = {"out_sharding": names, "mesh": self.mesh}
-        # Flax's own placing wants a mesh in scope, and arrays that are on it already.
-        leaf = _common.placed(leaf, self.mesh, names)
+        # Flax places an array only if a mesh is in scope and the array is on it already.
+        leaf = _common.put(leaf, self.mesh, names)
         return Frozen(leaf, eager_sharding=False, **metadata)
 
 

@@ -6,7 +6,7 @@ in the registry, `implementations/__init__.py`.
 
 import abc
 import dataclasses
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax_nvfp4_moe.layouts import Layout
 from jax_nvfp4_moe.routing import Routing
 
 Numerics = Literal["kernel", "vllm"]
+Weights = TypeVar("Weights")  # a pytree of arrays, such as ExpertWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Problem:
     routing: Routing | None = None
 
 
-def shapes_of(experts: ExpertWeights) -> ExpertWeights:
-    """Returns the experts with a `jax.ShapeDtypeStruct` in place of each array."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), experts)
+def shapes_of(weights: Weights) -> Weights:
+    """Returns the pytree with a `jax.ShapeDtypeStruct` in place of each array."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights)
 
 
 class Routed(NamedTuple):

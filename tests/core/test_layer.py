@@ -96,6 +96,31 @@ def test_selection_bias_takes_part_in_the_selection_only(rng):
     np.testing.assert_allclose(weights, 1.0, rtol=1e-6)
 
 
+def test_router_alone_checks_its_arguments(rng):
+    x, weight = normal(rng, T, H), normal(rng, E, H)
+    router = nvm.Router(weight, nvm.Routing("renormalize", top_k=K))
+    for fields, error, message in [
+        ({"weight": weight[0]}, ValueError, r"router.weight is .* \(64,\) .* shape \[E, H\]"),
+        ({"weight": None}, ValueError, r"router.weight is None, expected shape \[E, H\]"),
+        ({"bias": weight[0]}, ValueError, r"router.bias is .* expected shape \[8\]"),
+        ({"selection_bias": weight[:, 0]}, ValueError, "selection_bias is given, but only"),
+        ({"routing": nvm.Routing("topk", top_k=9)}, ValueError, "routing.top_k is 9"),
+        ({"routing": "topk"}, TypeError, "routing is 'topk', expected Routing"),
+    ]:
+        with pytest.raises(error, match=message):
+            dataclasses.replace(router, **fields)(x)
+    with pytest.raises(ValueError, match=r"x has shape \(1, 6, 64\), expected \[T, H\]: fold"):
+        router(x[None])
+    with pytest.raises(TypeError, match="x has dtype int8"):
+        router(x.astype(jnp.int8))
+
+
+def test_an_unknown_number_of_tokens(layer):
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 64"), jnp.float32)
+    with pytest.raises(ValueError, match=r"x has shape \(b, 64\), expected a T that is known"):
+        jax.eval_shape(layer, shape)
+
+
 @pytest.mark.parametrize("shape", [(H,), (T, H), (2, 3, H), (0, H)])
 @pytest.mark.parametrize(
     "dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.float32]

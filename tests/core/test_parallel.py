@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe import parallel
@@ -118,6 +119,32 @@ def test_errors(options, tokens, message, rng):
     arguments = (jnp.asarray(layer.x), jnp.asarray(layer.ids), jnp.asarray(layer.weights))
     with pytest.raises(ValueError, match=message):
         parallel.nvfp4_moe_routed(*arguments, layer.experts, mesh=mesh, **options)
+
+
+def test_unknown_options(rng):
+    layer = make_layer(Case(), rng)
+    arguments = (jnp.asarray(layer.x), jnp.asarray(layer.ids), jnp.asarray(layer.weights))
+    mesh = make_mesh("2 experts")
+    with pytest.raises(TypeError, match=r"nvfp4_moe_routed got .* 'axis_name', expected one of"):
+        parallel.nvfp4_moe_routed(*arguments, layer.experts, mesh=mesh, axis_name="expert")
+    routing = nvm.Routing("topk", top_k=2)
+    with pytest.raises(TypeError, match=r"nvfp4_moe got .* 'activations'.* mean 'activation'\?"):
+        parallel.nvfp4_moe(layer.x, layer.x, layer.experts, routing, mesh=mesh, activations="silu")
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_partition_specs(separate, rng):
+    """Global scales [E, 1] and [E, 2] are split over experts alike; layer-wide scalars are not."""
+    up, down = jnp.ones((8, 32, 64)), jnp.ones((8, 64, 32))
+    experts = nvm.quantize_experts(up, up, down, 1.0, 1.0, separate_scales=separate)
+    assert experts.w13.global_scale.shape == (8, 1 + separate)
+    specs = parallel.partition_specs(experts, "expert")
+    assert specs.w13.global_scale == specs.w2.global_scale == specs.w13.data == P("expert")
+    assert specs.w13_input_scale == specs.w2_input_scale == P()
+    placed = parallel.place(experts, make_mesh("4 experts"))
+    for leaf in jax.tree.leaves(placed):
+        share = (leaf.shape[0] // 4, *leaf.shape[1:]) if leaf.ndim else ()
+        assert leaf.addressable_shards[0].data.shape == share
 
 
 def test_experts_that_do_not_divide(rng):

@@ -24,11 +24,11 @@ from tests.support.flax_layers import (
     DEEPSEEK,
     INTERMEDIATE,
     ROUTING,
-    SIZES,
     E,
     H,
     assert_gradients_agree,
     bits,
+    config,
     full_layer,
     gradients_of_the_layer,
     loss,
@@ -94,7 +94,7 @@ def test_init_in_a_model(rng):
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x):
-            moe = Nvfp4MoE(**SIZES, routing=DEEPSEEK, selection_bias=True, name="moe")
+            moe = Nvfp4MoE(config(DEEPSEEK, selection_bias=True), name="moe")
             return x + moe(jnp.tanh(x))
 
     x = tokens(rng)
@@ -105,7 +105,7 @@ def test_init_in_a_model(rng):
     y = Block().apply(variables, x)
     assert (y.shape, y.dtype) == (x.shape, x.dtype)
     assert float(jnp.std((y - x).astype(jnp.float32))) > 0.1
-    module = Nvfp4MoE(**SIZES, routing=DEEPSEEK, selection_bias=True)
+    module = Nvfp4MoE(config(DEEPSEEK, selection_bias=True))
     own = {collection: entry["moe"] for collection, entry in variables.items()}
     nvm.validate(module.layer_of(own).experts)
     # The same structure as from weights, so that what one saves the other restores.
@@ -113,9 +113,10 @@ def test_init_in_a_model(rng):
     assert jax.tree.structure(taken) == jax.tree.structure(own)
 
 
-@pytest.mark.parametrize("scheme", ["per_token", "static"])
-def test_orbax(scheme, rng, tmp_path):
-    layer = full_layer(scheme)
+@pytest.mark.parametrize(("scheme", "separate"), [("per_token", False), ("static", True)])
+def test_orbax(scheme, separate, rng, tmp_path):
+    layer = full_layer(scheme, separate)
+    assert layer.experts.w13.global_scale.shape == (E, 1 + separate)
     module, variables = Nvfp4MoE.from_layer(layer)
     abstract, like = Nvfp4MoE.from_layer(jax.eval_shape(lambda: layer))
     assert abstract == module
@@ -183,14 +184,28 @@ def test_logical_names_and_a_callers_shard_map(rng):
 
 
 def test_wrong_fields():
-    for options, message in [
-        ({"hidden_size": 60}, "hidden_size is 60, expected a positive multiple of 16, such as 64"),
-        ({"shared_gate": True}, "shared_gate is True, but shared_intermediate_size is None"),
-        ({"mesh": make_mesh()}, "expert_axis is None, but mesh was given"),
+    mesh, structure = make_mesh(), jax.eval_shape(full_layer)
+    for fields, error, message in [
+        ({}, TypeError, "config is None, expected MoeConfig(hidden_size"),
+        ({"config": H}, TypeError, "config is 64, expected MoeConfig(hidden_size"),
+        ({"config": config(), "structure": structure}, ValueError, "were both given, expected one"),
+        ({"config": config(), "mesh": mesh}, ValueError, "expert_axis is None, but mesh was given"),
+        (
+            {"config": config(num_experts=6), "mesh": mesh, "expert_axis": "expert"},
+            ValueError,
+            "has 4 devices, which do not divide 6 experts",
+        ),
     ]:
-        module = Nvfp4MoE(**{**SIZES, "routing": ROUTING, **options})
-        with pytest.raises(ValueError, match=re.escape(message)):
-            module.init(jax.random.key(0), jnp.ones((2, H)))
+        with pytest.raises(error, match=re.escape(message)):
+            Nvfp4MoE(**fields)
+
+
+def test_unknown_options(rng):
+    module, variables = Nvfp4MoE.from_layer(full_layer())
+    with pytest.raises(TypeError, match="argument 'rngs', expected one of data_axis, expert_axis"):
+        Nvfp4MoE.from_layer(full_layer(), rngs=None)
+    with pytest.raises(TypeError, match=r"__call__ got .*'axis', expected .*axis_name"):
+        module.apply(variables, tokens(rng), axis="expert")
 
 
 def test_wrong_weights_and_calls(rng):

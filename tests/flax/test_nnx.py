@@ -22,11 +22,11 @@ from tests.support.flax_layers import (
     DEEPSEEK,
     INTERMEDIATE,
     ROUTING,
-    SIZES,
     E,
     H,
     assert_gradients_agree,
     bits,
+    config,
     full_layer,
     gradients_of_the_layer,
     loss,
@@ -41,8 +41,8 @@ from tests.support.flax_layers import (
 forward = nnx.jit(lambda model, *inputs: model(*inputs))
 
 
-def make(seed=0, routing=ROUTING, **options):
-    return Nvfp4MoE(**SIZES, routing=routing, rngs=nnx.Rngs(seed), **options)
+def make(seed=0, **fields):
+    return Nvfp4MoE(config(**fields), rngs=nnx.Rngs(seed))
 
 
 def make_mesh(shape=(4,), names=("expert",), kind=AxisType.Auto):
@@ -65,6 +65,8 @@ def test_from_layer_has_the_layers_bits(rng):
     assert bits(model(x, other)) == bits(layer(x, router_input=other)) != bits(got)
     wide = nnx.eval_shape(lambda model, x: model(x, output_dtype=jnp.float32), model, x)
     assert wide.dtype == jnp.float32
+    with pytest.raises(NotImplementedError, match="numerics='vllm' with biases"):
+        model(x, implementation=nvm.Emulation("vllm"))
 
 
 def test_from_experts_and_from_bf16(rng):
@@ -77,6 +79,9 @@ def test_from_experts_and_from_bf16(rng):
     made = Nvfp4MoE.from_experts(experts, router, **options)
     options["activation_scheme"] = "none"
     quantised = Nvfp4MoE.from_bf16(gate, up, down, router, **options)
+    separate = Nvfp4MoE.from_bf16(gate, up, down, router, separate_scales=True, **options)
+    assert separate.experts.w13.global_scale.shape == (E, 2)
+    assert nnx.graphdef(separate) == nnx.graphdef(quantised)
     wrong = Nvfp4MoE.from_bf16(up, gate, down, router, **options)
     assert same(made.layer, layer)
     assert same(quantised.layer, layer)
@@ -172,9 +177,10 @@ def test_two_kinds_of_variables(rng):
     assert not nnx.to_flat_state(rest)
 
 
-@pytest.mark.parametrize("scheme", ["per_token", "static"])
-def test_orbax(scheme, rng, tmp_path):
-    model = Nvfp4MoE.from_layer(full_layer(scheme))
+@pytest.mark.parametrize(("scheme", "separate"), [("per_token", False), ("static", True)])
+def test_orbax(scheme, separate, rng, tmp_path):
+    model = Nvfp4MoE.from_layer(full_layer(scheme, separate))
+    assert model.experts.w13.global_scale.shape == (E, 1 + separate)
     shapes = jax.eval_shape(lambda: model.layer)
     abstract = Nvfp4MoE.from_layer(shapes)
     assert nnx.graphdef(abstract) == nnx.graphdef(model)
@@ -301,39 +307,38 @@ def test_abstract_with_mesh():
 # ------------------------------------------------------------------------------------------ errors
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"hidden_size": 60}, "hidden_size is 60, expected a positive multiple of 16, such as 64"),
-        ({"intermediate_size": 0}, "intermediate_size is 0, expected a positive multiple of 16"),
-        ({"num_experts": 0}, "num_experts is 0, expected at least 1"),
-        ({"num_experts": 1}, "routing.top_k is 2, but the layer has 1 experts"),
-        ({"shared_gate": True}, "shared_gate is True, but shared_intermediate_size is None"),
-        ({"shared_intermediate_size": 0}, "shared_intermediate_size is 0, expected at least 1"),
-        ({"activation_scheme": "dynamic"}, "activation_scheme is 'dynamic', expected one of"),
-        ({"activation": "swish"}, "activation is 'swish', expected one of"),
-        ({"rngs": None}, "rngs is None, expected nnx.Rngs"),
-        ({"data_axis": "data"}, "data_axis is 'data', but mesh is None"),
-    ],
-)
-def test_wrong_arguments(options, message):
-    options = {**SIZES, "routing": ROUTING, "rngs": nnx.Rngs(0), **options}
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Nvfp4MoE(**options)
+def test_wrong_arguments():
+    for options, error, message in [
+        ({"config": None}, TypeError, "config is None, expected MoeConfig(hidden_size"),
+        ({"config": {}}, TypeError, "config is a dict, expected MoeConfig(hidden_size"),
+        ({"rngs": None}, ValueError, "rngs is None, expected nnx.Rngs"),
+        ({"layer": full_layer()}, ValueError, "layer was given, expected config and rngs to be"),
+        ({"data_axis": "data"}, ValueError, "data_axis is 'data', but mesh is None"),
+    ]:
+        with pytest.raises(error, match=re.escape(message)):
+            Nvfp4MoE(**{"config": config(), "rngs": nnx.Rngs(0), **options})
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"hidden_size": 64.0}, "hidden_size is 64.0, expected an int"),
-        ({"routing": "topk"}, "routing is 'topk', expected Routing(method, top_k, ...)"),
-        ({"param_dtype": "int8"}, "param_dtype is int8, expected bfloat16, float16 or float32"),
-    ],
-)
-def test_wrong_types(options, message):
-    options = {**SIZES, "routing": ROUTING, "rngs": nnx.Rngs(0), **options}
+def test_unknown_options(rng):
+    layer, x = full_layer(), tokens(rng)
+    parts = layer.experts, layer.router
+    message = "from_layer got an unexpected keyword argument 'name', expected one of data_axis"
     with pytest.raises(TypeError, match=re.escape(message)):
-        Nvfp4MoE(**options)
+        Nvfp4MoE.from_layer(layer, name="moe")
+    with pytest.raises(TypeError, match=r"argument 'expert_axes'.*: did you mean 'expert_axis'\?"):
+        Nvfp4MoE.from_layer(layer, expert_axes="expert")
+    with pytest.raises(TypeError, match=r"from_experts .*'shared_gates'.* mean 'shared_gate'\?"):
+        Nvfp4MoE.from_experts(*parts, shared_gates=layer.shared_gate)
+    with pytest.raises(TypeError, match=r"from_bf16 .*'separate_scale'.* mean 'separate_scales'"):
+        Nvfp4MoE.from_bf16(*matrices(rng), layer.router, separate_scale=True)
+    with pytest.raises(TypeError, match=r"__call__ got .*'dtype', expected .*output_dtype"):
+        Nvfp4MoE.from_layer(layer)(x, dtype=jnp.float32)
+
+
+def shared_in_nvfp4(layer):
+    """Fields of a shared expert that is not gated, as its activation would have it."""
+    up = jnp.ones((1, 32, H), jnp.bfloat16)
+    return {"shared": nvm.quantize_experts(None, up, jnp.swapaxes(up, 1, 2))}
 
 
 def wrong_layers(layer):
@@ -357,7 +362,10 @@ def wrong_layers(layer):
         (shared(down=up), "shared.down is an array of shape (48, 64)", "[64, 48]"),
         (shared(up=up[0]), "shared.up is an array of shape (64,)", "[I, 64]"),
         ({"shared": two}, "shared has 2 experts of hidden_size 64, expected 1 of 64", ""),
-        ({"activation": nvm.Activation("relu2")}, "'relu2', which is not gated", "gate and up"),
+        ({"activation": nvm.Activation("relu2")}, "'relu2' is not gated", "gate and up"),
+        (shared_in_nvfp4(layer), "'silu' is gated", "up rows alone"),
+        ({"router_weight_on_input": True}, "router_weight_on_input is True with K = 2", "K = 1"),
+        (router(routing=ROUTING), "selection_bias is given, but only deepseek_v3", "renormalize"),
         ({"to_latent": weight}, "from_latent is None, expected to_latent and from_latent", ""),
         (
             {"to_latent": weight, "from_latent": weight},
@@ -367,7 +375,7 @@ def wrong_layers(layer):
     ]
 
 
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(17))
 def test_parts_that_do_not_fit(index, rng):
     layer = full_layer()
     fields, *messages = wrong_layers(layer)[index]
@@ -413,12 +421,12 @@ def test_wrong_calls(rng):
 )
 def test_wrong_mesh(options, message, rng):
     with pytest.raises(ValueError, match=re.escape(message)):
-        make(mesh=make_mesh(), **options)
+        Nvfp4MoE(config(), mesh=make_mesh(), rngs=nnx.Rngs(0), **options)
 
 
 def test_experts_that_do_not_divide():
     with pytest.raises(ValueError, match="has 4 devices, which do not divide 6 experts"):
-        Nvfp4MoE(H, INTERMEDIATE, 6, ROUTING, mesh=make_mesh(), expert_axis="expert")
+        Nvfp4MoE(config(num_experts=6), mesh=make_mesh(), expert_axis="expert")
 
 
 @pytest.mark.parametrize("module", ["nnx", "linen"])

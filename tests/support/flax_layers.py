@@ -1,4 +1,4 @@
-"""Layers that the tests of both Flax modules make, and how their states are compared."""
+"""Layers for the tests of both Flax modules, and comparisons of their states."""
 
 import dataclasses
 import functools
@@ -16,6 +16,10 @@ ROUTING = nvm.Routing("renormalize", top_k=K)
 DEEPSEEK = nvm.Routing("deepseek_v3", top_k=K, n_group=4, topk_group=2, scaling_factor=2.5)
 
 
+def config(routing=ROUTING, **options):
+    return nvm.MoeConfig(**{**SIZES, "routing": routing, **options})
+
+
 def normal(rng, *shape, dtype=jnp.bfloat16):
     return jnp.asarray(rng.normal(size=shape), dtype)
 
@@ -27,11 +31,14 @@ def matrices(rng):
 
 
 @functools.cache
-def full_layer(scheme="per_token"):
-    """A layer that has everything: every kind of router vector, a shared expert with a gate."""
+def full_layer(scheme="per_token", separate_scales=False):
+    """A layer with every optional array: all router vectors, a shared expert with a gate."""
     rng = np.random.default_rng(0)
     gate, up, down = matrices(rng)
-    experts = nvm.quantize_experts(gate, up, down, down_bias=normal(rng, E, H))
+    down_bias = normal(rng, E, H)
+    experts = nvm.quantize_experts(
+        gate, up, down, down_bias=down_bias, separate_scales=separate_scales
+    )
     if scheme == "static":
         scales = {"w13_input_scale": jnp.float32(0.01), "w2_input_scale": jnp.full(E, 0.02)}
         experts = dataclasses.replace(experts, activation_scheme=scheme, **scales)
@@ -65,7 +72,7 @@ def swapped(layer):
 
 
 def tokens(rng, dtype=jnp.bfloat16):
-    """Twice three of them: a shape that all tests share, so that little is compiled."""
+    """[2, 3, H]: one shape for all tests, so that they compile little."""
     return normal(rng, 2, 3, H, dtype=dtype)
 
 
@@ -75,7 +82,7 @@ def bits(array):
 
 
 def same(a, b):
-    """Whether two trees have the same arrays, bit for bit, and the same paths to them."""
+    """Whether two trees have the same paths and the same arrays, bit for bit."""
     paths = [[keys for keys, _ in jax.tree.leaves_with_path(tree)] for tree in (a, b)]
     leaves = [[bits(leaf) for leaf in jax.tree.leaves(tree)] for tree in (a, b)]
     return paths[0] == paths[1] and leaves[0] == leaves[1]
@@ -90,15 +97,16 @@ def saved_and_restored(path, tree, like):
 
 
 def loss(layer, x):
-    """Of a layer, an NNX layer, or whatever else can be called."""
+    """The mean square of the output, and the output; `layer` is any callable."""
     y = layer(x)
     return jnp.mean(y**2), y
 
 
 def gradients_of_the_layer(layer, x):
-    """The output, the loss's gradient for x, and those for what is trained, by path.
+    """The output, the loss's gradient for x, and those for the trained arrays, by path.
 
-    To be traced together with what is compared with it: XLA then compiles what they share once.
+    Trace it together with the function that it is compared with: XLA then compiles what they share
+    once.
     """
     grad = jax.grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
     (grads, dx), y = grad(layer, x)
