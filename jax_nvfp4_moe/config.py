@@ -49,6 +49,8 @@ class MoeConfig:
         router_bias: whether the router adds a bias to its logits (gpt-oss).
         selection_bias: whether the router adds a bias for the selection only (DeepSeek-V3).
         router_weight_on_input: as in `nvfp4_moe_routed` (Llama 4).
+        separate_scales: whether an expert's gate and up have a global scale each, as in
+            `quantize_experts`: `w13.global_scale` is then [E, 2], not [E, 1].
         param_dtype: of the router and the shared expert, and of the routed experts before they are
             quantised: bfloat16, float16 or float32.
 
@@ -67,6 +69,7 @@ class MoeConfig:
     router_bias: bool = False
     selection_bias: bool = False
     router_weight_on_input: bool = False
+    separate_scales: bool = False
     param_dtype: Any = jnp.bfloat16
 
     def __post_init__(self) -> None:
@@ -77,7 +80,7 @@ class MoeConfig:
         _check_multiple("hidden_size", self.hidden_size, BLOCK_SIZE)
         _check_multiple("intermediate_size", self.intermediate_size, BLOCK_SIZE)
         _check_multiple("num_experts", self.num_experts, 1)
-        for name in ("shared_gate", "router_bias", "selection_bias"):
+        for name in ("shared_gate", "router_bias", "selection_bias", "separate_scales"):
             check_flag(name, getattr(self, name))
         if self.shared_intermediate_size is not None:
             _check_multiple("shared_intermediate_size", self.shared_intermediate_size, 1)
@@ -113,6 +116,7 @@ class MoeConfig:
             w13_input_scale=one,
             w2_input_scale=one,
             activation_scheme=self.activation_scheme,
+            separate_scales=self.separate_scales,
         )
         shared = shared_gate = None
         if self.shared_intermediate_size is not None:

@@ -63,6 +63,8 @@ def test_full_layer():
     assert layer.shared_gate.shape == (1, 64)
     assert layer.experts.w13.global_scale.shape == (8, 1)
     assert layer.experts.w13_input_scale == layer.experts.w2_input_scale == 1
+    separate = dataclasses.replace(FULL, separate_scales=True).abstract()
+    assert separate.experts.w13.global_scale.shape == (8, 2)
     relu2 = dataclasses.replace(FULL, activation="relu2").abstract()
     assert relu2.shared.gate is None
     assert not relu2.experts.gated

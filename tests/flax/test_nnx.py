@@ -65,7 +65,7 @@ def test_from_layer_has_the_layers_bits(rng):
     assert bits(model(x, other)) == bits(layer(x, router_input=other)) != bits(got)
     wide = nnx.eval_shape(lambda model, x: model(x, output_dtype=jnp.float32), model, x)
     assert wide.dtype == jnp.float32
-    with pytest.raises(NotImplementedError, match="numerics='vllm' with biases"):
+    with pytest.raises(NotImplementedError, match="numerics='vllm' with activation_scheme"):
         model(x, implementation=nvm.Emulation("vllm"))
 
 
