@@ -19,9 +19,10 @@ from jax_nvfp4_moe.activations import Activation
 from jax_nvfp4_moe.experts import ActivationScheme
 from jax_nvfp4_moe.format import BLOCK_SIZE
 from jax_nvfp4_moe.implementations.base import shapes_of
-from jax_nvfp4_moe.layer import Mlp, MoeLayer, Router
+from jax_nvfp4_moe.layer import Mlp, MoeLayer
 from jax_nvfp4_moe.layouts import round_up
 from jax_nvfp4_moe.quantization import quantize_experts
+from jax_nvfp4_moe.router import Router
 from jax_nvfp4_moe.routing import Routing, check_fits, check_selection_bias
 
 # Rows are outputs, as everywhere here; each expert is a matrix of its own.

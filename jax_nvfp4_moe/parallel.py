@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jax_nvfp4_moe import moe
+from jax_nvfp4_moe.call_options import ExpertOptions, check_options
 from jax_nvfp4_moe.experts import ExpertWeights, check_experts
-from jax_nvfp4_moe.options import ExpertOptions, check_options
 from jax_nvfp4_moe.routing import Routing
 
 _OPTIONS = ExpertOptions.__optional_keys__ | {"mesh", "expert_axis", "data_axis"}

@@ -16,10 +16,10 @@ from jaxtyping import Array, ArrayLike, Float, Float32
 from jax_nvfp4_moe import parallel
 from jax_nvfp4_moe._messages import as_array
 from jax_nvfp4_moe.activations import Activation
+from jax_nvfp4_moe.call_options import LayerOptions, check_options
 from jax_nvfp4_moe.experts import ActivationScheme, ExpertWeights
 from jax_nvfp4_moe.implementations.base import Implementation
 from jax_nvfp4_moe.layer import Mlp, MoeLayer
-from jax_nvfp4_moe.options import LayerOptions, check_options
 from jax_nvfp4_moe.quantization import quantize_experts
 from jax_nvfp4_moe.router import Router
 

@@ -8,11 +8,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jax_nvfp4_moe._messages import described
+from jax_nvfp4_moe.call_options import LayerOptions, check_options
 from jax_nvfp4_moe.config import MoeConfig
 from jax_nvfp4_moe.flax import _common
 from jax_nvfp4_moe.implementations.base import Implementation
 from jax_nvfp4_moe.layer import MoeLayer, check_layer
-from jax_nvfp4_moe.options import LayerOptions, check_options
 
 try:
     from flax import nnx

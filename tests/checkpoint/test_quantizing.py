@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 import jax_nvfp4_moe as nvm
 from jax_nvfp4_moe.checkpoint import CheckpointError, quantize_checkpoint
-from jax_nvfp4_moe.layer import Router
+from jax_nvfp4_moe.router import Router
 from tests.conftest import GOLDENS
 from tests.support.checkpoints import CONFIG, E, H, I, K
 

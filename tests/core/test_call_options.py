@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 import jax_nvfp4_moe as nvm
-from jax_nvfp4_moe.options import ExpertOptions, LayerOptions, check_options
+from jax_nvfp4_moe.call_options import ExpertOptions, LayerOptions, check_options
 
 
 def keywords(function):
