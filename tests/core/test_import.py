@@ -10,7 +10,7 @@ PUBLIC = {
     *("Activation", "ExpertWeights", "Nvfp4Array", "Routing"),
     *("quantize", "dequantize", "pack", "unpack"),
     *("quantize_experts", "share_scales", "SharedScales", "prepare", "validate"),
-    *("MoeLayer", "Router", "Mlp", "Checkpoint", "CheckpointError"),
+    *("MoeConfig", "MoeLayer", "Router", "Mlp", "Checkpoint", "CheckpointError"),
     *("load_experts", "load_checkpoint", "save_checkpoint"),
     *("route", "nvfp4_moe", "nvfp4_moe_routed", "explain", "Report"),
     *("Implementation", "Emulation", "Cpu", "Triton", "Trtllm", "CuteDsl", "Tactic"),
