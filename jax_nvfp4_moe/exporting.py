@@ -2,8 +2,10 @@
 
     jax.export.export(jax.jit(layer), disabled_checks=nvm.EXPORT_CHECKS)
 
-JAX refuses to export custom calls that it does not know, as it cannot promise that they keep their
-meaning. These keep it: their targets carry a version, and a changed meaning gets a new one.
+JAX refuses to export custom calls that it does not know, because it cannot guarantee that their
+meaning stays the same. The names of this package's calls contain a version, and a call whose
+meaning changes gets a new name. The call of the Triton kernels is JAX's own: run programs with it
+on the JAX version that exported them.
 """
 
 from jax.export import DisabledSafetyCheck

@@ -113,7 +113,7 @@ class Implementation(abc.ABC):
         return False
 
     def runs_on(self, device_kind: str) -> bool:
-        """Whether it runs on devices of a kind such as "NVIDIA B200"."""
+        """Returns whether it runs on devices of a kind such as "NVIDIA B200"."""
         return any(word in device_kind.lower() for word in self.device_words)
 
     def plan(self, problem: Problem) -> "Plan":
