@@ -138,7 +138,7 @@ class Run:
                     self.refused[remote.name] = self._reason(remote.name, error)
 
     def measure(self, tokens):
-        """A line for each contender; those that could not take part have their reason in it."""
+        """Returns a line for each contender, with the reason if it could not take part."""
         begin = time.monotonic()
         missing = None
         if "emulation" in self.refused:

@@ -49,7 +49,7 @@ def run(part, seconds):
 
 
 def _outcomes(report):
-    """How many passed and were skipped, and the names of those that failed."""
+    """Returns how many tests passed and were skipped, and the names of the failed ones."""
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [c.get("name") for c in cases if c.find("failure") is not None]
     failed += [c.get("name") for c in cases if c.find("error") is not None]

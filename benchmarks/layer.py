@@ -173,7 +173,7 @@ class Run:
                 self.contenders.append(contender)
 
     def measure(self, tokens, peaks, console):
-        """A line for each contender; those that cannot take part have their reason in it."""
+        """Returns a line for each contender, with the reason if it cannot take part."""
         refused, ready, expected = dict(self.refused), {}, {}
         self.emulation.prepare(tokens, self.cache)
         for contender in self.contenders:

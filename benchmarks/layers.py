@@ -131,12 +131,12 @@ class Batch:
 
 
 def token_batches(layer, tokens, count, cache, seed=1):
-    """Batches that calls cycle through, each routed at random.
+    """Returns the batches that calls cycle through, each routed at random.
 
-    Few tokens leave most experts alone, and those that they hit would still be in the cache when a
-    later call hit them again. So a batch avoids experts since whose use the cache has not been
-    filled twice over, unless that leaves less than three quarters of all: then batches are so
-    large that one of them fills it.
+    Few tokens hit few experts, whose weights would still be in the cache when a later call hits
+    them again. A batch therefore avoids an expert until the cache has been filled twice since its
+    last use. If that leaves less than three quarters of all experts, no expert is avoided: batches
+    are then so large that one of them fills the cache.
     """
     rng = np.random.default_rng([seed, tokens])
     made = []

@@ -33,7 +33,7 @@ def describe():
 
 
 def cores():
-    """Those that this process may use, which `taskset` limits."""
+    """Returns the number of cores that this process may use, which `taskset` limits."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

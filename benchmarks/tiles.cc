@@ -22,7 +22,7 @@ struct alignas(64) Configuration {
   unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-void Occupy(int tiles) {  // 0, 4 and 5 are those that are multiplied
+void Occupy(int tiles) {  // tiles 0, 4 and 5 are multiplied
   static const Configuration configuration;
   _tile_loadconfig(&configuration);
   _tile_loadd(4, memory, 64);

@@ -15,7 +15,7 @@ struct Level {
   bool (*supported)();  // by this machine
 };
 
-// Those that this library was compiled with, the best first; ended by one without a name.
+// The levels that this library was compiled with, the best first; the last entry has no name.
 const Level* Levels();
 
 // The best that this machine has; or the one of that name, or null if it is not there.

@@ -78,8 +78,8 @@ class Team {
   }
 
  private:
-  // For the first `tasks`: those who took them are at work, as nobody takes one of a later stage
-  // before all of these are taken.
+  // Waits for the first `tasks` tasks. Other threads are running them: no thread takes a task of a
+  // later stage before all of these are taken.
   void WaitFor(int64_t tasks) {
     Waiting wait;
     while (done_.load(std::memory_order_acquire) < tasks) wait();

@@ -56,7 +56,7 @@ def run(make: Callable[[Tell], dict[str, Any]]) -> None:
 
 
 def end_with_stdin() -> None:
-    """Ends this process and those that it started when stdin closes."""
+    """Ends this process and the processes that it started when stdin closes."""
     while os.read(0, 1 << 16):
         pass
     if os.getpgrp() == os.getpid():

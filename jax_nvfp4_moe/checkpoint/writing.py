@@ -24,7 +24,7 @@ NamedTensors = Iterable[tuple[str, np.ndarray]]
 Describe = Callable[[list[str]], Mapping[str, Any]]
 
 SHARD_BYTES = 4 << 30
-# Files that are not copied: those that are written, and weights.
+# Files that are not copied: files that are written anew, and weights.
 _WRITTEN = {INDEX, "config.json", "hf_quant_config.json"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _FLOATS = (ml_dtypes.bfloat16, np.float16, np.float32)

@@ -381,7 +381,7 @@ def cached(fake):
 
 @pytest.mark.parametrize("base", [False, True])
 def test_what_flashinfer_compiled_is_copied(fake, cached, monkeypatch, base):
-    """In its cache, and in one that it was told of."""
+    """From its default cache, and from one that FLASHINFER_WORKSPACE_BASE names."""
     if base:
         moved = fake.home.rename(fake.root / "base")
         monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(moved))

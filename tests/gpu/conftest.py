@@ -1,4 +1,4 @@
-"""The module, on a GPU or on the host, whichever this process's JAX has."""
+"""The tests' module, compiled for a GPU if this process's JAX has one, else for the host."""
 
 import shutil
 

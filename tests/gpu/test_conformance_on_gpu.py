@@ -1,9 +1,9 @@
-"""The emulation and the Triton kernels, run on a GPU: held to the float64 oracle.
+"""Compares the emulation and the Triton kernels, run on a GPU, with the float64 oracle.
 
-So are, to the bit, the roundings of the format.
+The roundings of the format are compared bit for bit.
 
-The tests are those that run on CPUs. XLA compiles other programs for a GPU, in which a rounding may
-be lost that is kept on a CPU, or a product be computed in TF32.
+The same tests run on CPUs. XLA compiles other programs for a GPU, which may lose a rounding that is
+kept on a CPU, or compute a product in TF32.
 """
 
 import pytest

@@ -317,8 +317,8 @@ def test_it_is_added_to_zeros(computed):
 
 @pytest.mark.parametrize("scheme", ["static", "per_token", "none"])
 def test_rows_that_are_added_in_their_order(scheme, computed):
-    """What nobody wrote, of ids that are another device's, is left out; and nothing is rounded
-    twice: the sum is the emulation's, but for ties in what lies between.
+    """Unwritten rows, of ids on other devices, are left out, and nothing is rounded twice: the sum
+    equals the emulation's, except for ties in intermediate values.
     """
     case = Case(9, 3, 5, 272, 80, scheme=scheme, layout="cute_dsl")
     arguments = arguments_of(case)

@@ -96,8 +96,8 @@ def test_the_bound_is_reached():
         assert found.num_non_exiting_tiles.tolist() == [max_tiles(pairs, held, tile)]
 
 
-def test_nobody_here():
-    """All pairs are other devices': no tile, and no row."""
+def test_no_pairs_on_this_device():
+    """If all pairs belong to other devices, there is no tile and no row."""
     found = moe_sort(jnp.full((9, 2), 40, jnp.int32), 8, 128)
     assert found.num_non_exiting_tiles.tolist() == [0]
     assert (np.asarray(found.permuted_idx_to_expanded_idx) == -1).all()

@@ -187,7 +187,7 @@ def test_what_the_router_is_told(routing, method, more):
     } | more
     assert {name: found[name] for name in expected} == expected
     assert found["routing_logits"].dtype == jnp.float32
-    # Which the kernel writes: nobody else's memory.
+    # The kernel writes these, so they must be memory of their own.
     for name, dtype in (("topk_ids", jnp.int32), ("topk_weights", jnp.bfloat16)):
         assert (found[name].shape, found[name].dtype) == ((9, routing.top_k), dtype)
     if corrected:

@@ -210,7 +210,7 @@ TENSORS = {
 }
 NUMBERS = {
     "routing_input_mode": 1,
-    "num_experts": 12,  # one at least that is nobody's
+    "num_experts": 12,  # at least one more than the device holds
     "top_k": 4,
     "intermediate_size": 128,
     "local_expert_offset": 0,

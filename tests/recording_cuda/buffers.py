@@ -46,10 +46,10 @@ class Buffers:
         self._mapped: list[tuple[int, int]] = []
 
     def reserve(self, label: str, size: int) -> Buffer:
-        """New pages that nobody can read or write: touching them ends the process.
+        """Returns new pages that cannot be read or written: an access ends the process.
 
-        They take no memory, whatever their size. A page that is not mapped follows them, so that
-        nothing else begins where they end.
+        They take no memory, regardless of their size. An unmapped page follows them, so that no
+        other buffer begins where they end.
         """
         length = (-(-max(size, 1) // mmap.PAGESIZE) + 1) * mmap.PAGESIZE
         address = _map_somewhere(length)

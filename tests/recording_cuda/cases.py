@@ -106,7 +106,7 @@ class Case:
         return up if self.gated else None, up, jax.ShapeDtypeStruct((e, h, i), jnp.float32)
 
     def arguments(self) -> tuple:
-        """x, ids, weights and experts; of zeros, which nobody will see."""
+        """Returns x, ids, weights and experts, all zeros; their values are never read."""
         wanted = (
             jax.ShapeDtypeStruct((self.tokens, self.hidden), jnp.bfloat16),
             jax.ShapeDtypeStruct((self.tokens, self.top_k), jnp.int32),
@@ -224,7 +224,7 @@ def routers() -> Iterator[Routed]:
 
 
 def small() -> Iterator[Case]:
-    """Those that are computed: odd sizes, all that an epilogue does."""
+    """Yields the cases that are computed: odd sizes, and every feature of the epilogues."""
     base = Case(9, 3, 5, 272, 80)
     for changes in (
         {},

@@ -54,8 +54,8 @@ class Argument:
     """A buffer of XLA's.
 
     Attributes:
-        address: where it is said to be: a page that nobody can touch.
-        data: where it is.
+        address: the address that is passed on: a page that cannot be accessed.
+        data: the address of its data.
         size: in bytes.
     """
 

@@ -99,7 +99,7 @@ class Map:
         return address, tuple(1 + n for n in extents), tuple(16 * n for n in strides)
 
     def expected(self, address: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Those that are to be there."""
+        """Returns the expected address, extents and strides."""
         more = 5 - len(self.extents)
         return address, (*self.extents, *[1] * more), (*self.strides, *[0] * more)
 

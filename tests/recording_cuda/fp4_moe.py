@@ -111,7 +111,7 @@ class Shape:
 
 
 def operands(shape: Shape, buffers: Buffers, optional: Collection[str] = ()) -> dict[str, Tensor]:
-    """Tensors for what a call always has and for some of OPTIONAL, on pages nobody can touch."""
+    """Returns a call's required tensors and some of OPTIONAL, on pages that cannot be accessed."""
     t, k, h, i = shape.tokens, shape.top_k, shape.hidden, shape.intermediate
     e, rows = shape.here, (2 if shape.gated else 1) * i
     wanted = {
@@ -275,7 +275,7 @@ class Release:
         arguments: what they are called, in order.
         workspace: the bytes of each buffer that a call allocates, in order.
         default_tile: the tile of tokens that config (-1, -1) chooses.
-        tiles: those that the prebuilt kernels here have.
+        tiles: the tiles of the prebuilt kernels here.
         plain: what arguments that not all versions have get in a plain call.
     """
 

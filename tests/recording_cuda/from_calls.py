@@ -85,7 +85,7 @@ def check_routers() -> None:
             assert y.shape == x.shape
             host.label_workspace(case, shape)
             launches = launched(one, buffers, one.optional, FROM_LOGITS)
-            # The scores are read by the first, whichever that is.
+            # The first kernel reads the scores.
             assert "routing_logits" in launches[0].labels, (one, launches[0].kernel)
             assert host.sizes["topk_ids"] == 4 * one.tokens * one.routing.top_k
             count += 1

@@ -100,8 +100,8 @@ class Launch:
         attributes: each launch attribute's number and value.
         parameters: the bytes of the parameters, or None if the kernel's image does not tell how
             large they are.
-        pointers: those that lie in a labelled buffer, tensor maps' addresses included.
-        tensor_maps: those among the parameters.
+        pointers: the pointers into labelled buffers, including the addresses of tensor maps.
+        tensor_maps: the tensor maps among the parameters.
     """
 
     api: str

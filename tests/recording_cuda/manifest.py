@@ -69,10 +69,10 @@ class Manifest:
 
 
 def read_manifest(cache: Path | None = None) -> Manifest:
-    """Reads the manifest and checks that the files are those that were built.
+    """Returns the manifest, after checking that the files have not changed since they were built.
 
     Raises:
-        FileNotFoundError: nothing was built, or a file of it is gone.
+        FileNotFoundError: nothing was built, or a built file is missing.
         ValueError: a file is not the one that was built.
     """
     path = (cache or default_cache()) / MANIFEST

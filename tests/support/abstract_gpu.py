@@ -51,7 +51,7 @@ class CustomCall:
     function: str
     values: dict  # by the parameters' names: an operand's or a result's type, or a constant
     workspace: str
-    updated: tuple = ()  # those that are read and written
+    updated: tuple = ()  # the parameters that are read and written
 
 
 _ALIASES = re.compile(r", output_operand_aliases = \[(?:#stablehlo[^>]*>(?:, )?)+\]")
