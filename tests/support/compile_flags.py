@@ -14,6 +14,10 @@ EXACT = (
 )
 
 # XLA optimises as little as it can, which takes less than half the time.
-QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-if version("jax").startswith("0.10."):  # A flag that JAX 0.12 does not have ends the process.
-    QUICK += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+QUICK = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if version("jax").startswith("0.10."):  # JAX 0.12 has no such flag, and ends the process.
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")
