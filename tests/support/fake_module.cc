@@ -22,7 +22,7 @@ namespace {
 
 std::mutex mutex;
 std::string journal;
-int device = 0;
+thread_local int device = 0;  // as CUDA's current device is
 bool capture_fails = false;
 void (*cubin_callback)(const char*, const char*) = nullptr;
 thread_local std::string cubin;

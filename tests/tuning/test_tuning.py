@@ -180,4 +180,4 @@ def test_the_command(add, timed, tmp_path):
     assert "it needs an SM100 or SM103 GPU, and this is cpu" in done.stderr
     done = click.testing.CliRunner().invoke(main, [*command[:-1], "4;64"])
     assert done.exit_code == 2
-    assert "'4;64' is no list of numbers like 1,16,256" in done.stderr
+    assert "'4;64' is not a list of numbers, expected for example 1,16,256" in done.stderr

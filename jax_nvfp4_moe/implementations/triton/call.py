@@ -11,7 +11,6 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_nvfp4_moe.experts import ExpertWeights
-from jax_nvfp4_moe.global_scale import expand_global_scale
 from jax_nvfp4_moe.implementations.base import Problem
 from jax_nvfp4_moe.implementations.common.contractions import Rows
 from jax_nvfp4_moe.implementations.common.grouping import Tiles, group
@@ -163,11 +162,11 @@ def _weights(
     array: Nvfp4Array, order: np.ndarray | None, bias: Float32[Array, "E N"] | None, groups: int
 ) -> Weights:
     num_experts = len(array.data)
-    scale = expand_global_scale(array.global_scale, (num_experts, groups))
     return Weights(
         words=as_words(array.data),
         scale=lax.bitcast_convert_type(array.scale, jnp.uint8).reshape(num_experts, -1),
         order=None if order is None else jnp.asarray(order, jnp.int32),
-        global_scale=jnp.broadcast_to(scale, (num_experts, groups)),
+        groups=groups,
+        global_scale=array.global_scale.reshape(num_experts, -1),
         bias=bias,
     )

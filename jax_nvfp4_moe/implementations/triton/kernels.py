@@ -39,14 +39,16 @@ class Weights(NamedTuple):
         words: the packed codes, [E, N', K'/4].
         scale: the block scales' bytes, [E, N' * K'/16].
         order: where each of the N logical rows is stored; None if row n is stored at n.
-        global_scale: decode scales, one for each of the G groups of N / G rows.
+        groups: G, the number of groups of N / G rows: 2 for gate and up, else 1.
+        global_scale: decode scales, one for each group [E, G] or one for all of them [E, 1].
         bias: [E, N], or None.
     """
 
     words: Int16[Array, "E N' K'/4"]
     scale: UInt8[Array, "E N'*K'/16"]
     order: Int32[Array, " N"] | None
-    global_scale: Float32[Array, "E G"]
+    groups: int
+    global_scale: Float32[Array, "E #G"]
     bias: Float32[Array, "E N"] | None
 
 
@@ -158,6 +160,7 @@ def grouped_gemm(
             dict(zip(names, inputs, strict=True)),
             out,
             epilogue,
+            groups=weights.groups,
             in_quarters=in_quarters,
             swizzled=swizzled,
             top_k=top_k,
@@ -184,6 +187,7 @@ def _program(
     out: Any,
     epilogue: Epilogue,
     *,
+    groups: int,
     in_quarters: bool,
     swizzled: bool,
     top_k: int | None,
@@ -209,7 +213,6 @@ def _program(
         column = part * tiling.weight_rows + row
         inside = column < size
         column = jnp.where(inside, column, 0)
-        groups = refs["global_scale"].shape[1]
         logical = [column + group * size for group in range(groups)]
         stored = [refs["order"][n] if "order" in refs else n for n in logical]
         sums = _contract(
@@ -225,7 +228,8 @@ def _program(
 
         finished = []
         for group, (total, n) in enumerate(zip(sums, logical, strict=True)):
-            factor = refs["global_scale"][expert, group]
+            separate = refs["global_scale"].shape[1] > 1
+            factor = refs["global_scale"][expert, group if separate else 0]
             if "row_scale" in refs:
                 shared = refs["row_scale"].shape == (1,)
                 row_scale = refs["row_scale"][0 if shared else source]
