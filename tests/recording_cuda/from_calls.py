@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
 
 import jax_nvfp4_moe as nvm
-from jax_nvfp4_moe import devices, moe
+from jax_nvfp4_moe import computing, devices
 from jax_nvfp4_moe.bridge import library
 from jax_nvfp4_moe.bridge import manifest as built
 from jax_nvfp4_moe.implementations.trtllm import call as _trtllm_call
@@ -235,7 +235,9 @@ def check_other_images() -> None:
 
 def main() -> None:
     # The branch for CUDA, on this platform.
-    moe.lax = SimpleNamespace(platform_dependent=lambda *arguments, cuda, default: cuda(*arguments))
+    computing.lax = SimpleNamespace(
+        platform_dependent=lambda *arguments, cuda, default: cuda(*arguments)
+    )
     folder = tempfile.mkdtemp()
     os.environ[built.CACHE_VARIABLE] = folder
     try:
