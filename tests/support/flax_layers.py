@@ -31,6 +31,8 @@ def matrices(rng):
 
 
 @functools.cache
+# The first call may be inside a trace, whose tracers must not stay in the cache.
+@jax.ensure_compile_time_eval()
 def full_layer(scheme="per_token", separate_scales=False):
     """A layer with every optional array: all router vectors, a shared expert with a gate."""
     rng = np.random.default_rng(0)
